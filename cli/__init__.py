@@ -1,0 +1,1 @@
+"""What a person types: `endmark dev | api | worker`."""

@@ -1,0 +1,103 @@
+"""Every setting, read once from the environment (prefix `ENDMARK_`).
+
+`docs/settings.md` lists them; a test keeps that list true. Durations are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from ipaddress import ip_address
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """The configuration of one process. Building it raises `pydantic.ValidationError` on a bad value."""
+
+    model_config = SettingsConfigDict(env_prefix="ENDMARK_", frozen=True, extra="ignore")
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="The Redis or Valkey server that all processes share.")
+    prefix: str = Field(
+        "endmark",
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+        description="Prefix of every key; deployments with different prefixes share a server.",
+    )
+
+    agent: str = Field(
+        "auto",
+        pattern=r"^(auto|nanobot|openai|echo|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)$",
+        description="`auto`, `nanobot`, `openai`, `echo`, or `module:attribute` (see docs/agents.md).",
+    )
+    model_name: str = Field("endmark", min_length=1, max_length=200, description="The model id that clients ask for.")
+    openai_model: str = Field("gpt-5-mini", min_length=1, description="The upstream model that the `openai` agent asks.")
+
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (), description="Bearer keys, comma-separated. Required as soon as `HOST` is not a loopback address."
+    )
+    host: str = Field("127.0.0.1", description="The address that the API binds.")
+    port: int = Field(8900, ge=0, le=65535, description="The port that the API binds; 0 takes a free one.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Browser origins that may call the API, comma-separated; `*` for any. Empty: CORS is off."
+    )
+
+    max_jobs: int = Field(50, ge=1, le=10_000, description="Jobs that one worker runs at a time.")
+    max_queued: int = Field(10_000, ge=1, description="Jobs that may wait for a worker; more are refused with 429.")
+    max_session_turns: int = Field(
+        100, ge=1, description="Turns of one session that may run or wait; more are refused with 429."
+    )
+    max_attempts: int = Field(
+        2, ge=1, le=10, description="Executions of a job whose worker dies before anything was shown."
+    )
+    max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="The largest request body; more is a 413.")
+    max_file_bytes: int = Field(10 * 1024 * 1024, ge=1, description="The largest file in a request; more is a 413.")
+    default_session: str = Field(
+        "default",
+        pattern=r"^[^\x00-\x1f\x7f]{0,256}$",
+        description="The session of a single user message without `session_id`. Empty: such a message has none.",
+    )
+
+    queue_timeout_s: float = Field(300, gt=0, description="How long a job may wait for a worker.")
+    run_timeout_s: float = Field(600, gt=0, description="How long one attempt may run.")
+    idle_timeout_s: float = Field(120, gt=0, description="How long a running agent may say nothing.")
+    drain_timeout_s: float = Field(30, ge=0, description="How long a stopping worker lets its jobs finish.")
+    lease_s: float = Field(5, gt=0.5, description="How long a worker may be silent before it counts as lost.")
+    redis_patience_s: float = Field(15, gt=0, description="How long an open stream outlives an unreachable Redis.")
+    retention_s: float = Field(3600, ge=1, description="How long a finished job and its stream are kept.")
+    ping_interval_s: float = Field(15, gt=0, description="A silent stream gets an SSE comment this often.")
+    heartbeat_interval_s: float = Field(45, gt=0, description="A silent stream gets an empty chunk this often.")
+
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal, else JSON.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least severe line logged.")
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @model_validator(mode="after")
+    def _require_keys_beyond_loopback(self) -> Settings:
+        if not self.api_keys and not is_loopback(self.host):
+            raise ValueError(
+                f"ENDMARK_HOST={self.host} is reachable from other machines: set ENDMARK_API_KEYS to one or more "
+                "comma-separated keys, or bind 127.0.0.1"
+            )
+        return self
+
+    @cached_property
+    def secret_keys(self) -> tuple[bytes, ...]:
+        """The API keys as bytes, for constant-time comparison."""
+        return tuple(key.get_secret_value().encode() for key in self.api_keys)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a bind address is reachable from this machine only. A name other than localhost is not trusted."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

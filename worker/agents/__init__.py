@@ -1,0 +1,1 @@
+"""The agents a worker can run, each behind the contract of `worker.agents.contract`."""
