@@ -18,7 +18,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ENDMARK_", frozen=True, extra="ignore")
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="The Redis or Valkey server that all processes share.")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="The Redis or Valkey server that all share.")
     prefix: str = Field(
         "endmark",
         pattern=r"^[A-Za-z0-9_.-]{1,64}$",
@@ -30,8 +30,8 @@ class Settings(BaseSettings):
         pattern=r"^(auto|nanobot|openai|echo|[A-Za-z_][\w.]*:[A-Za-z_][\w.]*)$",
         description="`auto`, `nanobot`, `openai`, `echo`, or `module:attribute` (see docs/agents.md).",
     )
-    model_name: str = Field("endmark", min_length=1, max_length=200, description="The model id that clients ask for.")
-    openai_model: str = Field("gpt-5-mini", min_length=1, description="The upstream model that the `openai` agent asks.")
+    model_name: str = Field("endmark", min_length=1, max_length=200, description="The model id that clients name.")
+    openai_model: str = Field("gpt-5-mini", min_length=1, description="The model that the `openai` agent asks.")
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (), description="Bearer keys, comma-separated. Required as soon as `HOST` is not a loopback address."
@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     ping_interval_s: float = Field(15, gt=0, description="A silent stream gets an SSE comment this often.")
     heartbeat_interval_s: float = Field(45, gt=0, description="A silent stream gets an empty chunk this often.")
 
-    log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal, else JSON.")
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least severe line logged.")
 
     @field_validator("api_keys", "cors_origins", mode="before")

@@ -1,0 +1,225 @@
+"""POST /v1/chat/completions: submit the job, then relay its stream or answer with the whole."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from api.body import read_chat_body
+from api.chat_request import ChatRequest, parse_chat_request, submission
+from api.chunks import PING, ChunkEncoder, completion, error_frame
+from api.errors import JobFailedError, NotFoundError, QueueFullError, QueueUnreachableError
+from api.relay import INCOMPLETE, Relay
+from api.services import Services, services_of
+from api.tail import StreamExpiredError, StreamUnreachableError, Tail, TailError
+from shared.connection import UNREACHABLE
+from shared.entries import Entry, ErrorMarker, OkMarker
+from shared.jobs import ErrorCode, Submission, new_job_id
+from shared.store import QueueFullError as StoreQueueFullError
+from shared.text import json_bytes
+
+log = structlog.get_logger(__name__)
+
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"x-accel-buffering", b"no"),  # nginx buffers a response unless it is told not to
+]
+
+INTERRUPTED = ErrorMarker(ErrorCode.STREAM_INTERRUPTED, "The server was stopped before the answer was complete.")
+
+
+async def create_completion(request: Request) -> Response:
+    """Everything that can be refused is refused before anything is queued."""
+    services = services_of(request)
+    settings = services.settings
+    body = await read_chat_body(request, settings)
+    chat = parse_chat_request(body, max_file_bytes=settings.max_file_bytes)
+    if chat.model and chat.model != settings.model_name:
+        raise NotFoundError(
+            f"The model {chat.model!r} does not exist. This deployment serves {settings.model_name!r}.",
+            code="model_not_found",
+            param="model",
+        )
+    job = submission(
+        chat,
+        body,
+        job_id=new_job_id(),
+        model=settings.model_name,
+        default_session=settings.default_session,
+        request_id=request.scope["request_id"],
+    )
+    await _submit(services, job)
+    answer = Answer(services, job, chat)
+    if chat.stream:
+        return StreamedAnswer(answer)
+    return await answer.whole(request.receive)
+
+
+async def _submit(services: Services, job: Submission) -> None:
+    """Raises QueueFullError or QueueUnreachableError; nothing was queued then."""
+    try:
+        await services.store.submit(job)
+    except StoreQueueFullError as error:
+        message = "The session has too many unfinished turns." if error.of_session else "Too many requests are waiting."
+        raise QueueFullError(message) from error
+    except UNREACHABLE as error:
+        log.warning("submit_failed", job=job.job_id, reason=str(error))
+        raise QueueUnreachableError from error
+    log.info("job_accepted", job=job.job_id, session=job.session or None)
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer had ended."""
+
+
+class Answer:
+    """One client's way through one job, from submission to its ending."""
+
+    def __init__(self, services: Services, job: Submission, chat: ChatRequest) -> None:
+        self.job = job
+        self.chat = chat
+        self.created = int(time.time())
+        self.settings = services.settings
+        self._services = services
+        self._relay = Relay()
+        self._client_gone = False
+
+    async def entries(self, tail: Tail, timeout_s: float) -> list[Entry]:
+        """The next entries to pass on; none after the timeout, or when `ending` is set. Raises ClientGoneError."""
+        try:
+            entries = await tail.next(timeout_s)
+        except TailError as error:
+            self._relay.ending = _explain(error)
+            log.warning("relay_failed", job=self.job.job_id, code=self._relay.ending.code, reason=repr(error))
+            return []
+        if self._client_gone:
+            raise ClientGoneError
+        return self._relay.accept(entries)
+
+    @property
+    def ending(self) -> OkMarker | ErrorMarker | None:
+        return self._relay.ending
+
+    @asynccontextmanager
+    async def follow(self, receive: Receive) -> AsyncIterator[Tail]:
+        """The job's tail, watched over: if the client goes away before the ending, its job is cancelled."""
+        async with self._services.switchboard.follow(self.job.job_id) as tail:
+            watch = asyncio.create_task(self._watch_client(receive, tail))
+            try:
+                yield tail
+            except (ClientGoneError, asyncio.CancelledError, OSError):
+                await asyncio.shield(self._cancel_job())
+                raise
+            finally:
+                watch.cancel()
+                await asyncio.gather(watch, return_exceptions=True)
+
+    async def _watch_client(self, receive: Receive, tail: Tail) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_gone = True
+        tail.interrupt()
+
+    async def _cancel_job(self) -> None:
+        if self.chat.on_disconnect == "continue" or self.ending is not None:
+            return
+        try:
+            ending = await self._services.store.cancel(self.job.job_id, "The client went away.")
+        except UNREACHABLE as error:  # the job's deadline will end it
+            log.warning("cancel_failed", job=self.job.job_id, reason=str(error))
+        else:
+            log.info("client_gone", job=self.job.job_id, ending=ending.value)
+
+    async def whole(self, receive: Receive) -> Response:
+        """The answer as one object. Raises JobFailedError for every ending but a verified `ok`."""
+        entries: list[Entry] = []
+        try:
+            async with self.follow(receive) as tail:
+                while self.ending is None:
+                    entries += await self.entries(tail, self.settings.ping_interval_s)
+        except ClientGoneError:
+            return Response(status_code=499)  # nobody reads it; access logs know the number
+        if isinstance(self.ending, ErrorMarker):
+            raise JobFailedError(self.ending)
+        if self.ending is None:
+            raise AssertionError("the loop ends with an ending")
+        answer = completion(
+            entries,
+            self.ending,
+            completion_id=self.job.job_id,
+            created=self.created,
+            model=self.job.model,
+            metadata=self.job.metadata,
+        )
+        return Response(json_bytes(answer), media_type="application/json")
+
+
+class StreamedAnswer(Response):
+    """The answer as server-sent events.
+
+    `finish_reason` and `[DONE]` are sent only for a verified `ok`; every other ending is one error frame and a clean
+    close.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self._answer = answer
+        options = answer.chat.stream_options
+        self._encoder = ChunkEncoder(
+            completion_id=answer.job.job_id,
+            created=answer.created,
+            model=answer.job.model,
+            include_usage=options is not None and options.include_usage,
+        )
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        try:
+            async with self._answer.follow(receive) as tail:
+                await self._relay_entries(tail, send)
+        except (ClientGoneError, OSError):
+            return
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            stopped = ErrorMarker(
+                ErrorCode.STREAM_INTERRUPTED, "The server was stopped before the answer was complete."
+            )
+            await send({"type": "http.response.body", "body": error_frame(stopped)})
+            raise
+        ending = self._answer.ending
+        body = self._encoder.ending(ending) if isinstance(ending, OkMarker) else error_frame(ending or INCOMPLETE)
+        await send({"type": "http.response.body", "body": body})
+
+    async def _relay_entries(self, tail: Tail, send: Send) -> None:
+        answer, encoder, settings = self._answer, self._encoder, self._answer.settings
+        now = asyncio.get_running_loop().time
+        ping_at = now() + settings.ping_interval_s
+        heartbeat_at = now() + settings.heartbeat_interval_s
+        while answer.ending is None:
+            entries = await answer.entries(tail, max(0.0, min(ping_at, heartbeat_at) - now()))
+            frames = encoder.frames(entries)
+            if not frames and answer.ending is None and now() >= heartbeat_at:
+                frames = encoder.heartbeat()
+            if frames:
+                heartbeat_at = now() + settings.heartbeat_interval_s
+            elif answer.ending is None and now() >= ping_at:
+                frames = PING
+            if frames:
+                ping_at = now() + settings.ping_interval_s
+                await send({"type": "http.response.body", "body": frames, "more_body": True})
+
+
+def _explain(error: TailError) -> ErrorMarker:
+    """What the client may know of why its stream cannot be followed."""
+    if isinstance(error, StreamExpiredError):
+        return ErrorMarker(ErrorCode.STREAM_EXPIRED, "The stream of the answer has expired.")
+    if isinstance(error, StreamUnreachableError):
+        return ErrorMarker(ErrorCode.STREAM_UNREACHABLE, "The stream of the answer cannot be reached.")
+    return INCOMPLETE

@@ -1,0 +1,297 @@
+"""A chat completion request: what is accepted, what is refused and why. No I/O.
+
+Known fields are checked strictly, unknown ones are ignored. What is checked is passed on as it came, so that an agent
+sees fields of a message that we do not know.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    field_validator,
+)
+
+from api.errors import InvalidRequestError, PayloadTooLargeError
+from shared.jobs import Submission
+from shared.text import text_bytes
+
+# Fields of a request that an agent may heed; the others concern only us.
+AGENT_PARAMS = (
+    "frequency_penalty",
+    "logit_bias",
+    "max_completion_tokens",
+    "max_tokens",
+    "parallel_tool_calls",
+    "presence_penalty",
+    "reasoning_effort",
+    "response_format",
+    "seed",
+    "stop",
+    "temperature",
+    "tool_choice",
+    "tools",
+    "top_p",
+    "user",
+    "verbosity",
+)
+
+MAX_METADATA_PAIRS = 16
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+SessionId = Annotated[str, StringConstraints(max_length=256)]
+_CONTROL_OR_SURROGATE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?:;[^;,]*)*?;base64,(?P<data>.*)", re.DOTALL | re.IGNORECASE)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(_Strict):
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ImageUrl(_Strict):
+    url: str
+    detail: str | None = None
+
+
+class ImagePart(_Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Audio(_Strict):
+    data: str
+    format: str
+
+
+class AudioPart(_Strict):
+    type: Literal["input_audio"]
+    input_audio: Audio
+
+
+class FileRef(_Strict):
+    filename: str | None = None
+    file_data: str | None = None
+    file_id: str | None = None
+
+
+class FilePart(_Strict):
+    type: Literal["file"]
+    file: FileRef
+
+
+def _content_tag(content: object) -> str:
+    return "text" if isinstance(content, str) else "parts"
+
+
+UserPart = Annotated[TextPart | ImagePart | AudioPart | FilePart, Discriminator("type")]
+AssistantPart = Annotated[TextPart | RefusalPart, Discriminator("type")]
+UserContent = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[UserPart], Field(min_length=1), Tag("parts")],
+    Discriminator(_content_tag),
+]
+TextContent = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_content_tag)
+]
+AssistantContent = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[AssistantPart], Tag("parts")], Discriminator(_content_tag)
+]
+
+
+class SystemMessage(_Strict):
+    role: Literal["system"]
+    content: TextContent
+
+
+class DeveloperMessage(_Strict):
+    role: Literal["developer"]
+    content: TextContent
+
+
+class UserMessage(_Strict):
+    role: Literal["user"]
+    content: UserContent
+
+
+class FunctionCall(_Strict):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Strict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class AssistantMessage(_Strict):
+    role: Literal["assistant"]
+    content: AssistantContent | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ToolMessage(_Strict):
+    role: Literal["tool"]
+    content: TextContent
+    tool_call_id: str
+
+
+Message = Annotated[
+    SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Discriminator("role")
+]
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class ChatRequest(_Strict):
+    """The fields of a request that we read ourselves. AGENT_PARAMS are the agent's to read."""
+
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    session_id: SessionId | None = None
+    on_disconnect: Literal["cancel", "continue"] = "cancel"
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=MAX_METADATA_PAIRS)
+    store: bool | None = None
+    user: str | None = Field(None, max_length=512)
+    n: Literal[1] | None = None
+
+    @field_validator("session_id")
+    @classmethod
+    def _session_id_is_plain(cls, value: str | None) -> str | None:
+        if value is not None and _CONTROL_OR_SURROGATE.search(value):
+            raise ValueError("must not hold control characters")
+        return value
+
+    @field_validator("messages")
+    @classmethod
+    def _somebody_asks(cls, messages: list[Message]) -> list[Message]:
+        if not any(message.role == "user" for message in messages):
+            raise ValueError("must hold at least one message with the role 'user'")
+        return messages
+
+
+def parse_chat_request(body: object, *, max_file_bytes: int) -> ChatRequest:
+    """Checks a parsed JSON body. Raises InvalidRequestError, naming the parameter, or PayloadTooLargeError."""
+    if not isinstance(body, dict):
+        raise InvalidRequestError("The request body must be a JSON object.")
+    try:
+        request = ChatRequest.model_validate(body)
+    except ValidationError as error:
+        raise _first_error(error, body) from None
+    for index, message in enumerate(request.messages):
+        if isinstance(message, UserMessage) and not isinstance(message.content, str):
+            for part_index, part in enumerate(message.content):
+                _check_media(part, f"messages[{index}].content[{part_index}]", max_file_bytes)
+    return request
+
+
+def submission(
+    request: ChatRequest, body: dict[str, Any], *, job_id: str, model: str, default_session: str, request_id: str
+) -> Submission:
+    """The job that a checked request asks for.
+
+    One user message without `session_id` belongs to the default session, as with nanobot. A longer list without
+    `session_id` is a history that the client owns: the turn belongs to no session. With `session_id`, the session owns
+    the history, and the last user message is the turn.
+    """
+    alone = len(request.messages) == 1
+    session_id = request.session_id or (default_session if alone else "")
+    return Submission(
+        job_id=job_id,
+        session=f"api:{session_id}" if session_id else "",
+        model=model,
+        messages=body["messages"],
+        owns_history=not session_id,
+        params={name: body[name] for name in AGENT_PARAMS if body.get(name) is not None},
+        metadata=request.metadata or {},
+        user=request.user or "",
+        store=bool(request.store),
+        request_id=request_id,
+    )
+
+
+def _check_media(part: TextPart | ImagePart | AudioPart | FilePart, param: str, max_bytes: int) -> None:
+    """Refuses media that no worker could read. Raises InvalidRequestError or PayloadTooLargeError."""
+    match part:
+        case ImagePart(image_url=ImageUrl(url=url)):
+            if not url.lower().startswith("data:"):
+                raise InvalidRequestError(
+                    "Remote image URLs are not supported. Send the image as a base64 data URL or upload it as "
+                    "multipart/form-data.",
+                    param=f"{param}.image_url.url",
+                )
+            _check_base64(url, f"{param}.image_url.url", max_bytes, data_url=True)
+        case AudioPart(input_audio=Audio(data=data)):
+            _check_base64(data, f"{param}.input_audio.data", max_bytes)
+        case FilePart(file=file):
+            if file.file_data is None:
+                raise InvalidRequestError(
+                    "A file needs `file_data`, a base64 data URL.", code="unsupported_file", param=f"{param}.file"
+                )
+            is_url = file.file_data[:5].lower() == "data:"
+            _check_base64(file.file_data, f"{param}.file.file_data", max_bytes, data_url=is_url)
+
+
+def _check_base64(data: str, param: str, max_bytes: int, *, data_url: bool = False) -> None:
+    if data_url:
+        match = _DATA_URL.fullmatch(data)
+        if match is None:
+            raise InvalidRequestError(
+                f"{param} must be a data URL of the form data:<media type>;base64,<data>.", param=param
+            )
+        data = match["data"]
+    if len(data) * 3 // 4 - data[-2:].count("=") > max_bytes:
+        raise PayloadTooLargeError(f"{param} is larger than {max_bytes} bytes.", code="file_too_large", param=param)
+    try:
+        content = base64.b64decode(text_bytes(data), validate=True)
+    except binascii.Error:
+        raise InvalidRequestError(f"{param} is not valid base64.", param=param) from None
+    if not content:
+        raise InvalidRequestError(f"{param} is empty.", param=param)
+
+
+def _first_error(error: ValidationError, body: dict[str, Any]) -> InvalidRequestError:
+    """The first of the errors, in our clients' words: `messages[0].content: Input should be …`."""
+    first = error.errors(include_url=False, include_context=True, include_input=False)[0]
+    param = _path(first["loc"], body)
+    if first["type"].startswith("union_tag"):
+        param = f"{param}.{first['ctx']['discriminator'].strip(chr(39))}"
+    message = first["msg"].removeprefix("Value error, ")
+    return InvalidRequestError(f"{param}: {message}", param=param)
+
+
+def _path(location: tuple[int | str, ...], body: object) -> str:
+    """Where the error is, without the names that pydantic puts in for the branches of a union."""
+    path, value = "", body
+    for position, step in enumerate(location):
+        last = position == len(location) - 1
+        if isinstance(step, int):
+            path += f"[{step}]"
+            value = value[step] if isinstance(value, list) and step < len(value) else None
+        elif isinstance(value, dict) and (step in value or last):
+            path += f".{step}" if path else step
+            value = value.get(step)
+    return path

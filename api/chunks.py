@@ -1,0 +1,139 @@
+"""Entries as OpenAI chat completions: chunks of a stream, or one object. No I/O, no clock.
+
+Rule 1: the first chunk carries `role` together with its content, and no later one repeats it.
+Rule 2: `finish_reason` is null on every chunk but the last before usage; `id`, `created` and `model` never change.
+Rule 3: a frame that carries an error carries nothing else, and nothing follows it.
+
+The shapes are those of docs/protocol.md, measured against the SDKs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+
+from api.errors import error_body
+from shared.entries import Entry, ErrorMarker, Kind, OkMarker, Usage
+from shared.text import bytes_text, json_bytes, parse_json
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+EMPTY_ANSWER = "I completed the request but have no answer to show. Please try again or narrow the task."
+
+_ROLE = b'"role":"assistant",'
+
+
+class ChunkEncoder:
+    """The frames of one streamed completion."""
+
+    def __init__(self, *, completion_id: str, created: int, model: str, include_usage: bool) -> None:
+        """`created` is in seconds since the epoch."""
+        head = json_bytes(
+            {
+                "id": completion_id,
+                "object": "chat.completion.chunk",
+                "created": created,
+                "model": model,
+                "system_fingerprint": None,
+            }
+        )[:-1]
+        usage = b',"usage":null' if include_usage else b""
+        self._include_usage = include_usage
+        self._head = b"data: " + head
+        self._delta_head = self._head + b',"choices":[{"index":0,"delta":{'
+        self._delta_tail = b'},"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
+        self._finish_tail = b'},"logprobs":null,"finish_reason":%b}]' + usage + b"}\n\n"
+        self._role = _ROLE
+
+    def frames(self, entries: Iterable[Entry]) -> bytes:
+        """The chunks of entries that the relay has passed on."""
+        return b"".join([self._frame(entry) for entry in entries])
+
+    def _frame(self, entry: Entry) -> bytes:
+        match entry.kind:
+            case Kind.DELTA:
+                field = b'"content":' + json_bytes(bytes_text(entry.payload))
+            case Kind.REASONING:
+                field = b'"reasoning_content":' + json_bytes(bytes_text(entry.payload))
+            case Kind.TOOL_CALL:
+                field = b'"tool_calls":[' + entry.payload + b"]"
+            case _:  # the agent's own tools are not shown on this wire
+                return b""
+        role, self._role = self._role, b""
+        return self._delta_head + role + field + self._delta_tail
+
+    def heartbeat(self) -> bytes:
+        """An empty chunk: clients that count parsed chunks, not comments, see that the stream lives."""
+        return self._delta_head + self._delta_tail
+
+    def ending(self, ok: OkMarker) -> bytes:
+        """The last frames of a whole answer."""
+        role = _ROLE + b'"content":""' if self._role else b""
+        frames = self._delta_head + role + self._finish_tail % orjson.dumps(ok.finish_reason)
+        if self._include_usage:
+            frames += self._head + b',"choices":[],"usage":' + orjson.dumps(_usage(ok.usage)) + b"}\n\n"
+        return frames + DONE
+
+
+def error_frame(marker: ErrorMarker) -> bytes:
+    """The one ending of a broken answer that every client raises."""
+    return b"data: " + error_body(marker.message, type_="server_error", code=marker.code) + b"\n\n"
+
+
+def completion(
+    entries: Iterable[Entry],
+    ok: OkMarker,
+    *,
+    completion_id: str,
+    created: int,
+    model: str,
+    metadata: dict[str, str],
+) -> dict[str, Any]:
+    """A whole answer as one `chat.completion` object. An empty one gets a sentence, as with nanobot."""
+    text: list[bytes] = []
+    reasoning: list[bytes] = []
+    calls: dict[int, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.kind is Kind.DELTA:
+            text.append(entry.payload)
+        elif entry.kind is Kind.REASONING:
+            reasoning.append(entry.payload)
+        elif entry.kind is Kind.TOOL_CALL:
+            _join_tool_call(calls, parse_json(entry.payload))
+    content: str | None = bytes_text(b"".join(text))
+    if not content or not content.strip():
+        content = None if calls else EMPTY_ANSWER
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+    if reasoning:
+        message["reasoning_content"] = bytes_text(b"".join(reasoning))
+    if calls:
+        message["tool_calls"] = [calls[index] for index in sorted(calls)]
+    return {
+        "id": completion_id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": ok.finish_reason}],
+        "usage": _usage(ok.usage),
+        "service_tier": "default",
+        "system_fingerprint": None,
+        "metadata": metadata,
+    }
+
+
+def _join_tool_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
+    """Adds a fragment to its call: ids and names come once, arguments in pieces."""
+    call = calls.setdefault(delta["index"], {"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+    function = delta.get("function") or {}
+    call["id"] = delta.get("id") or call["id"]
+    call["function"]["name"] += function.get("name") or ""
+    call["function"]["arguments"] += function.get("arguments") or ""
+
+
+def _usage(usage: Usage | None) -> dict[str, int]:
+    """Zeros where the agent does not know: clients read `usage.total_tokens` unasked."""
+    prompt, completion = usage or (0, 0)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

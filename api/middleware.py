@@ -1,0 +1,131 @@
+"""What happens to every request: an id, a key, and an answer in the OpenAI shape even to what we did not expect.
+
+Pure ASGI: Starlette's BaseHTTPMiddleware hides `http.disconnect` from the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import ApiError, AuthenticationError, PayloadTooLargeError
+from shared.settings import Settings, is_loopback
+
+log = structlog.get_logger(__name__)
+
+OPEN_PATHS = ("/health", "/ready")  # for load balancers, which have no key
+LINGER_BYTES, LINGER_S = 256 * 1024 * 1024, 30  # how much, and how long, a refused upload may go on
+_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=-]{1,128}")
+
+
+class RequestIdMiddleware:
+    """Names every request: in `scope["request_id"]`, in `x-request-id`, and on every log line."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = asked if _SANE_REQUEST_ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
+        scope["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            await self.app(scope, receive, send_with_id)
+
+
+class ErrorMiddleware:
+    """Turns every exception that reaches it into an error response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def notice_start(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, notice_start)
+        except ApiError as error:
+            if started:
+                raise
+            response = UploadRefusal(error) if isinstance(error, PayloadTooLargeError) else error.response()
+            await response(scope, receive, send)
+        except Exception:
+            if started or scope["type"] != "http":
+                raise
+            log.exception("request_failed", method=scope["method"], path=scope["path"])
+            await ApiError("The server failed to handle the request.").response()(scope, receive, send)
+
+
+class UploadRefusal:
+    """Refuses at once, then lets the client finish sending: many read the answer only after their last byte."""
+
+    def __init__(self, error: PayloadTooLargeError) -> None:
+        self._response = error.response()
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [*self._response.raw_headers, (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": self._response.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(self._response.body), "more_body": True})
+        discarded = 0
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while discarded < LINGER_BYTES:
+                    message = await receive()
+                    discarded += len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            log.info("upload_refused_and_cut", discarded_bytes=discarded)
+        await send({"type": "http.response.body", "body": b""})
+
+
+class AuthMiddleware:
+    """Asks for a bearer key. Without configured keys, only this machine is served."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._keys = settings.secret_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            if self._keys:
+                self._check_key(Headers(scope=scope).get("authorization"))
+            elif scope.get("server") and not _is_local(scope["server"][0]):
+                raise AuthenticationError(
+                    "This address is reachable from other machines, and no keys are configured: set ENDMARK_API_KEYS."
+                )
+        await self.app(scope, receive, send)
+
+    def _check_key(self, authorization: str | None) -> None:
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise AuthenticationError("Missing API key. Send it as `Authorization: Bearer <key>`.")
+        given = key.strip().encode("utf-8", "surrogateescape")
+        # Every key is compared, in constant time, so that neither the match nor its place can be timed.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        if not any(matches):
+            raise AuthenticationError("Incorrect API key.")
+
+
+def _is_local(host: str) -> bool:
+    """Whether a request came in on a loopback address or a unix socket."""
+    return host.startswith("/") or is_loopback(host)

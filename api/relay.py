@@ -1,0 +1,50 @@
+"""Decides what a client may believe: passes entries on, and lets an answer end well only if it is whole. No I/O.
+
+Rule 1: only an `ok` marker that confirms the tally of what was passed on ends an answer well.
+Rule 2: an attempt that begins after something of an earlier one was passed on makes the answer incomplete.
+Rule 3: nothing is passed on after a marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shared.entries import Entry, ErrorMarker, Kind, OkMarker, Tally, UnreadableEntryError
+from shared.jobs import ErrorCode
+
+INCOMPLETE = ErrorMarker(ErrorCode.STREAM_INCOMPLETE, "A part of the answer was lost.")
+
+Ending = OkMarker | ErrorMarker
+
+
+class Relay:
+    """One reader's judgement of one job's stream, from its beginning."""
+
+    def __init__(self) -> None:
+        self.ending: Ending | None = None  # set once; what the client is to be told
+        self._tally = Tally()
+
+    def accept(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Takes the next entries in order; returns those to pass on. `ending` is set when there are no more."""
+        passed_on: list[Entry] = []
+        for entry in entries:
+            if self.ending is not None:
+                break
+            if entry.kind is Kind.OPEN:
+                if self._tally.count:
+                    self.ending = INCOMPLETE
+            elif entry.is_marker:
+                self.ending = self._judge(entry)
+            else:
+                self._tally.add(entry.payload)
+                passed_on.append(entry)
+        return passed_on
+
+    def _judge(self, marker: Entry) -> Ending:
+        try:
+            if marker.kind is Kind.ERROR:
+                return ErrorMarker.parse(marker.payload)
+            ok = OkMarker.parse(marker.payload)
+        except UnreadableEntryError:
+            return INCOMPLETE
+        return ok if ok.confirms(self._tally) else INCOMPLETE

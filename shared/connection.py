@@ -1,0 +1,66 @@
+"""How a process connects to Redis."""
+
+from __future__ import annotations
+
+import asyncio
+
+import redis
+import structlog
+from arq.connections import ArqRedis
+from redis import exceptions as redis_errors
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry as SyncRetry
+
+from shared.settings import Settings
+from shared.text import json_bytes, parse_json
+
+log = structlog.get_logger(__name__)
+
+CONNECT_TIMEOUT_S = 3
+# What means that Redis may answer the same command later: it is away, starting, or not (yet) the primary.
+# redis-py's BusyLoadingError is a ConnectionError.
+UNREACHABLE = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError, OSError)
+
+COMMAND_TIMEOUT_S = 10  # longer than any command that we send; BLPOP's own wait is 1 s
+
+
+def connect(settings: Settings) -> ArqRedis:
+    """A connection pool. Nothing is sent before its first command; it reconnects by itself.
+
+    Commands are not retried here: who sends one knows whether it may be sent twice.
+    """
+    client: ArqRedis = ArqRedis.from_url(
+        settings.redis_url,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=COMMAND_TIMEOUT_S,
+        health_check_interval=0,
+    )
+    client.job_serializer = json_bytes
+    client.job_deserializer = parse_json
+    client.default_queue_name = f"{settings.prefix}:queue"
+    return client
+
+
+def connect_blocking(settings: Settings) -> redis.Redis:
+    """A connection for a thread: the heartbeat's, which must not wait for the event loop."""
+    return redis.Redis.from_url(
+        settings.redis_url,
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=settings.lease_s / 2,
+        retry=SyncRetry(ExponentialBackoff(cap=0.5, base=0.05), 2),
+    )
+
+
+async def wait_for_redis(client: ArqRedis, *, patience_s: float) -> None:
+    """Returns once Redis answers. Raises one of UNREACHABLE after `patience_s`."""
+    deadline = asyncio.get_running_loop().time() + patience_s
+    while True:
+        try:
+            await client.ping()
+        except UNREACHABLE as error:
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            log.warning("redis_unreachable", reason=str(error))
+            await asyncio.sleep(min(1.0, patience_s / 10))
+        else:
+            return

@@ -1,0 +1,137 @@
+"""A job as a value: what was accepted, and what its record says."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from shared.entries import ErrorMarker, Usage
+from shared.text import json_bytes, parse_json
+
+ARQ_FUNCTION = "run_completion"  # the name under which arq finds the worker's function
+
+
+class Status(StrEnum):
+    """A job's states; the last three are terminal and never change again (docs/architecture.md has the diagram)."""
+
+    QUEUED = "queued"  # accepted; waits for a worker, or for the turn before it
+    RUNNING = "running"  # a worker executes an attempt
+    SUCCEEDED = "succeeded"  # the stream ends in an `ok` marker
+    FAILED = "failed"  # the stream ends in an `error` marker
+    CANCELLED = "cancelled"  # the stream ends in an `error` marker, because somebody asked for it
+
+
+class ErrorCode(StrEnum):
+    """Why a job ended without a whole answer; `error.code` on the wire."""
+
+    AGENT_ERROR = "agent_error"  # the agent raised
+    TIMEOUT = "timeout"  # the attempt ran longer than the run timeout, or said nothing for the idle timeout
+    QUEUE_TIMEOUT = "queue_timeout"  # no worker had a free slot in time, or the turn before did not end in time
+    NO_WORKER = "no_worker"  # no worker was alive when the queue timeout passed
+    WORKER_LOST = "worker_lost"  # the worker died after the answer had begun, or died on every attempt
+    WORKER_STOPPED = "worker_stopped"  # the worker was told to stop, and the job did not end within the drain timeout
+    CANCELLED = "cancelled"  # the client went away, or asked for it
+    STREAM_INCOMPLETE = "stream_incomplete"  # entries are missing, or do not match the marker
+    STREAM_EXPIRED = "stream_expired"  # the stream is gone from Redis
+    STREAM_INTERRUPTED = "stream_interrupted"  # the API process was stopped while it relayed the stream
+    STREAM_UNREACHABLE = "stream_unreachable"  # Redis did not answer for too long while the stream was open
+    UNDELIVERABLE = "undeliverable"  # arq could not deliver the job to a worker's function
+
+
+def new_job_id() -> str:
+    """The id that the client sees."""
+    return f"chatcmpl-{secrets.token_hex(16)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A validated request on its way into the queue."""
+
+    job_id: str
+    session: str  # session key whose turns run one at a time, or "" if the request belongs to none
+    model: str
+    messages: list[dict[str, Any]]  # OpenAI chat messages, validated
+    owns_history: bool  # `messages` is the whole history; otherwise the session's comes before it
+    params: dict[str, Any] = field(default_factory=dict)  # other OpenAI fields that an agent may heed
+    metadata: dict[str, str] = field(default_factory=dict)
+    user: str = ""
+    store: bool = False
+    request_id: str = ""  # the `x-request-id` of the request that was accepted
+
+    def request_bytes(self) -> bytes:
+        """What the worker needs to run the job, as JSON."""
+        return json_bytes(
+            {
+                "session": self.session,
+                "model": self.model,
+                "messages": self.messages,
+                "owns_history": self.owns_history,
+                "params": self.params,
+            }
+        )
+
+    def record_fields(self) -> dict[str, str | bytes]:
+        """What the job record says beyond what the submit script sets itself."""
+        return {
+            "kind": "chat",
+            "model": self.model,
+            "metadata": json_bytes(self.metadata),
+            "user": self.user,
+            "store": "1" if self.store else "0",
+            "request_id": self.request_id,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """What Redis knows of a job. Instants are Redis's clock, ms since the epoch; None: not yet."""
+
+    job_id: str
+    status: Status
+    session: str
+    model: str
+    attempt: int  # 0 until a worker has claimed it
+    worker: str  # who executes or executed the last attempt; "" if nobody has
+    accepted_ms: int
+    deadline_ms: int  # when the sweep ends the job unless it has moved on
+    started_ms: int | None
+    first_token_ms: int | None
+    finished_ms: int | None
+    entries: int | None  # of the last attempt, without opening and marker
+    finish_reason: str | None
+    usage: Usage | None
+    error: ErrorMarker | None
+    metadata: dict[str, str]
+
+    @classmethod
+    def from_hash(cls, job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
+        """Reads the hash that the scripts write."""
+
+        def text(name: bytes) -> str:
+            return fields.get(name, b"").decode()
+
+        def number(name: bytes) -> int | None:
+            return int(fields[name]) if fields.get(name) else None
+
+        usage = parse_json(fields[b"usage"]) if fields.get(b"usage") else None
+        return cls(
+            job_id=job_id,
+            status=Status(text(b"status")),
+            session=text(b"session"),
+            model=text(b"model"),
+            attempt=number(b"attempt") or 0,
+            worker=text(b"worker"),
+            accepted_ms=number(b"accepted_ms") or 0,
+            deadline_ms=number(b"deadline_ms") or 0,
+            started_ms=number(b"started_ms"),
+            first_token_ms=number(b"first_token_ms"),
+            finished_ms=number(b"finished_ms"),
+            entries=number(b"entries"),
+            finish_reason=text(b"finish_reason") or None,
+            usage=Usage(**usage) if usage else None,
+            error=ErrorMarker.parse(fields[b"error"]) if fields.get(b"error") else None,
+            metadata=parse_json(fields[b"metadata"]) if fields.get(b"metadata") else {},
+        )

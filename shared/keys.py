@@ -1,0 +1,87 @@
+"""The name of every Redis key and channel, in one place, for Python and for the Lua scripts alike.
+
+What belongs to one job carries the hash tag `{job id}`. The scripts cross jobs, sessions and the queue, so all keys
+live on one primary (docs/decisions/0003-one-primary.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arq.constants import job_key_prefix, retry_key_prefix
+
+# Templates of the keys that are made from an id. `%s` is the only directive, so that Python and Lua format them alike.
+_PER_ID = {
+    "job_key": "%s:{%s}:job",  # hash: the job record
+    "request_key": "%s:{%s}:request",  # string: the request, as JSON
+    "stream_key": "%s:{%s}:stream",  # stream: what the agent said, and how it ended
+    "stream_channel": "%s:{%s}:stream",  # pub/sub: every entry of that stream, as it is appended
+    "session_key": "%s:session:%s",  # list: ids of the unfinished turns, oldest first; the head may run
+    "worker_key": "%s:worker:%s",  # hash: who the worker is
+    "worker_jobs_key": "%s:worker:%s:jobs",  # set: ids of the jobs whose attempt may still be executing there
+    "worker_channel": "%s:worker:%s",  # pub/sub: orders to that worker
+}
+_SHARED = {
+    "queue": "%s:queue",  # sorted set, arq's queue: ids of the jobs that may be claimed, by the instant since when
+    "bell": "%s:bell",  # list: at most one token, while the queue may hold a claimable job
+    "deadlines": "%s:deadlines",  # sorted set: ids of all unfinished jobs, by the instant they must have moved on
+    "workers": "%s:workers",  # sorted set: ids of the workers, by the instant their lease ends
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one deployment, named by its prefix."""
+
+    prefix: str
+
+    @property
+    def queue(self) -> str:
+        return _SHARED["queue"] % self.prefix
+
+    @property
+    def bell(self) -> str:
+        return _SHARED["bell"] % self.prefix
+
+    @property
+    def deadlines(self) -> str:
+        return _SHARED["deadlines"] % self.prefix
+
+    @property
+    def workers(self) -> str:
+        return _SHARED["workers"] % self.prefix
+
+    def job(self, job_id: str) -> str:
+        return _PER_ID["job_key"] % (self.prefix, job_id)
+
+    def request(self, job_id: str) -> str:
+        return _PER_ID["request_key"] % (self.prefix, job_id)
+
+    def stream(self, job_id: str) -> str:
+        return _PER_ID["stream_key"] % (self.prefix, job_id)
+
+    def stream_channel(self, job_id: str) -> str:
+        return _PER_ID["stream_channel"] % (self.prefix, job_id)
+
+    def worker(self, worker_id: str) -> str:
+        return _PER_ID["worker_key"] % (self.prefix, worker_id)
+
+    def worker_jobs(self, worker_id: str) -> str:
+        return _PER_ID["worker_jobs_key"] % (self.prefix, worker_id)
+
+    def worker_channel(self, worker_id: str) -> str:
+        return _PER_ID["worker_channel"] % (self.prefix, worker_id)
+
+
+def lua_names() -> str:
+    """The same names as Lua locals, for the head of every script; `ARGV[1]` is the prefix."""
+    lines = ["local P = ARGV[1]"]
+    lines += [f"local {name} = string.format('{template}', P)" for name, template in _SHARED.items()]
+    lines += [
+        f"local function {name}(id) return string.format('{template}', P, id) end" for name, template in _PER_ID.items()
+    ]
+    lines += [
+        f"local function arq_job_key(id) return '{job_key_prefix}' .. id end",
+        f"local function arq_retry_key(id) return '{retry_key_prefix}' .. id end",
+    ]
+    return "\n".join(lines)

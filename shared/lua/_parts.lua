@@ -1,0 +1,78 @@
+-- Parts of several scripts. Put before each of them, after the key names (shared/keys.py).
+
+local function int(number) return string.format('%.0f', number) end
+
+-- Redis's clock, in ms: the only clock that the protocol knows, so that hosts need not agree on the time.
+local function now_ms()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+-- Wakes one worker. One token is enough: a worker that leaves claimable jobs behind rings for the next.
+local function ring()
+  if redis.call('LLEN', bell) == 0 then
+    redis.call('LPUSH', bell, '1')
+    redis.call('PEXPIRE', bell, 60000)
+  end
+end
+
+local function make_claimable(id, now)
+  redis.call('ZADD', queue, int(now), id)
+  ring()
+end
+
+-- Lets the oldest turn of a session that still waits be claimed. Ids whose job is gone are dropped on the way.
+local function promote_next_turn(turns, now)
+  local id = redis.call('LINDEX', turns, 0)
+  while id do
+    if redis.call('HGET', job_key(id), 'status') == 'queued' then
+      make_claimable(id, now)
+      return
+    end
+    redis.call('LPOP', turns)
+    id = redis.call('LINDEX', turns, 0)
+  end
+end
+
+-- The job executes nowhere any more: its worker's slot and its session are free.
+local function release(id, now)
+  local job = redis.call('HMGET', job_key(id), 'worker', 'session')
+  if job[1] and job[1] ~= '' then redis.call('SREM', worker_jobs_key(job[1]), id) end
+  if job[2] and job[2] ~= '' then
+    local turns = session_key(job[2])
+    local was_head = redis.call('LINDEX', turns, 0) == id
+    redis.call('LREM', turns, 1, id)
+    if was_head then promote_next_turn(turns, now) end
+  end
+end
+
+-- Appends the marker and makes the job terminal. The append comes first: if Redis refuses it, nothing has changed.
+local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
+  redis.call('XADD', stream_key(id), entry_id, kind, payload)
+  redis.call('HSET', job_key(id), 'status', status, 'finished_ms', int(now))
+  if kind == 'error' then redis.call('HSET', job_key(id), 'error', payload) end
+  redis.call('ZREM', deadlines, id)
+  redis.call('ZREM', queue, id)
+  redis.call('DEL', arq_job_key(id), arq_retry_key(id))
+  redis.call('PEXPIRE', job_key(id), retention_ms)
+  redis.call('PEXPIRE', request_key(id), retention_ms)
+  redis.call('PEXPIRE', stream_key(id), retention_ms)
+  redis.call('PUBLISH', stream_channel(id), entry_id .. ' ' .. kind .. ' ' .. payload)
+end
+
+-- Ends a job from outside of its attempt. The marker opens attempt n+1, so that whoever still runs attempt n is fenced.
+-- A worker that may still execute it is told to stop, and releases the job when it has.
+local function end_from_outside(id, payload, status, now, retention_ms)
+  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'worker')
+  local attempt = int(tonumber(job[2]) + 1)
+  end_job(id, attempt .. '-0', 'error', payload, status, now, retention_ms)
+  if job[1] == 'running' then
+    redis.call('PUBLISH', worker_channel(job[3]), 'stop ' .. id)
+  else
+    release(id, now)
+  end
+end
+
+local function is_terminal(status)
+  return status == 'succeeded' or status == 'failed' or status == 'cancelled'
+end

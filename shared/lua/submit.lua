@@ -1,0 +1,30 @@
+-- Accepts a job, once, in one round trip.
+-- KEYS[1] the job record
+-- ARGV: 1 prefix, 2 job id, 3 session key or '', 4 arq's job payload, 5 the request, 6 queue timeout in ms,
+--       7 time to live of an unfinished job in ms, 8 most queued jobs, 9 most turns of a session,
+--       10.. fields and values of the record
+-- Returns 'accepted', or without any change: 'duplicate' | 'queue_full' | 'session_full'.
+
+local id, session, ttl_ms = ARGV[2], ARGV[3], ARGV[7]
+if redis.call('EXISTS', KEYS[1]) == 1 then return 'duplicate' end
+if redis.call('ZCARD', queue) >= tonumber(ARGV[8]) then return 'queue_full' end
+if session ~= '' and redis.call('LLEN', session_key(session)) >= tonumber(ARGV[9]) then return 'session_full' end
+
+local now = now_ms()
+local deadline = now + tonumber(ARGV[6])
+redis.call('HSET', KEYS[1], 'status', 'queued', 'session', session, 'attempt', '0', 'worker', '',
+           'accepted_ms', int(now), 'deadline_ms', int(deadline), unpack(ARGV, 10))
+redis.call('PEXPIRE', KEYS[1], ttl_ms)
+redis.call('SET', request_key(id), ARGV[5], 'PX', ttl_ms)
+redis.call('SET', arq_job_key(id), ARGV[4], 'PX', ttl_ms)
+redis.call('ZADD', deadlines, int(deadline), id)
+
+if session == '' then
+  make_claimable(id, now)
+else
+  local turns = session_key(session)
+  local length = redis.call('RPUSH', turns, id)
+  redis.call('PEXPIRE', turns, ttl_ms)
+  if length == 1 then make_claimable(id, now) end
+end
+return 'accepted'

@@ -1,0 +1,240 @@
+"""Everything that a job does in Redis: one method for each step of the protocol, one round trip each.
+
+Errors:
+    redis.exceptions.RedisError   Redis did not answer or refused; nothing is known to have changed
+    QueueFullError                the queue, or the session, holds as many jobs as it may
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from arq.connections import ArqRedis
+from arq.jobs import serialize_job
+
+from shared import scripts
+from shared.entries import Entry, EntryId, ErrorMarker, entry_from_fields
+from shared.jobs import ARQ_FUNCTION, ErrorCode, JobRecord, Status, Submission
+from shared.keys import Keys
+from shared.settings import Settings
+from shared.text import json_bytes
+
+SWEEP_LIMIT = 100  # jobs that one sweep moves on; the next one goes on where it stopped
+
+
+class QueueFullError(Exception):
+    """As many jobs wait as may wait. `of_session`: it is the session that is full, not the queue."""
+
+    def __init__(self, *, of_session: bool) -> None:
+        super().__init__("the session has too many unfinished turns" if of_session else "the queue is full")
+        self.of_session = of_session
+
+
+class Claim(NamedTuple):
+    """A worker's right to execute one attempt of a job."""
+
+    job_id: str
+    attempt: int
+    started_ms: int  # Redis's clock when the attempt was opened
+    request: bytes | None  # what `Submission.request_bytes` made; None if it is gone
+
+
+class Ending(StrEnum):
+    """What became of a try to end a job."""
+
+    DONE = "done"  # this call ended it
+    FENCED = "fenced"  # another attempt, another worker or an earlier ending came first
+    GONE = "gone"  # there is no such job
+    INCOMPLETE = "incomplete"  # an `ok` was refused, since the stream does not hold the whole answer
+    TERMINAL = "terminal"  # it had ended before
+
+
+class Swept(NamedTuple):
+    """A job that the sweep moved on: `what` is 'retried' or the error code it was ended with."""
+
+    job_id: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRead:
+    """What a reader finds behind its cursor."""
+
+    entries: list[Entry]
+    exists: bool  # whether the stream is there at all
+    status: Status | None  # the job's, read before the entries; None: no record
+
+
+class JobStore:
+    """The jobs of one deployment."""
+
+    def __init__(self, redis: ArqRedis, settings: Settings) -> None:
+        self.redis = redis
+        self.settings = settings
+        self.keys = Keys(settings.prefix)
+        self._scripts: dict[scripts.ScriptName, Any] = {}
+        self._retention_ms = round(settings.retention_s * 1000)
+        self._queue_timeout_ms = round(settings.queue_timeout_s * 1000)
+        self._run_timeout_ms = round(settings.run_timeout_s * 1000)
+        # Longer than all deadlines of a job together: the sweep always still finds what it must end.
+        self._unfinished_ms = (
+            settings.max_attempts * (self._queue_timeout_ms + self._run_timeout_ms) + self._retention_ms
+        )
+
+    async def _run(self, name: scripts.ScriptName, key: str, *args: str | bytes | int) -> Any:
+        return await self.script(name)([key], [self.keys.prefix, *args])
+
+    def script(self, name: scripts.ScriptName) -> Any:
+        """A registered script: awaited, or given `client=pipeline` to become one command of a pipeline."""
+        if name not in self._scripts:
+            self._scripts[name] = self.redis.register_script(scripts.source(name))
+        return self._scripts[name]
+
+    # -- accepting ---------------------------------------------------------------------------------------------------
+
+    async def submit(self, job: Submission) -> bool:
+        """Queues a job. False if a job with its id exists already. Raises QueueFullError."""
+        answer = await self._run(
+            "submit",
+            self.keys.job(job.job_id),
+            job.job_id,
+            job.session,
+            serialize_job(ARQ_FUNCTION, (), {}, None, time.time_ns() // 1_000_000, serializer=json_bytes),
+            job.request_bytes(),
+            self._queue_timeout_ms,
+            self._unfinished_ms,
+            self.settings.max_queued,
+            self.settings.max_session_turns,
+            *_flatten(job.record_fields()),
+        )
+        if answer in (b"queue_full", b"session_full"):
+            raise QueueFullError(of_session=answer == b"session_full")
+        return bool(answer == b"accepted")
+
+    # -- a worker's steps --------------------------------------------------------------------------------------------
+
+    async def wait_for_bell(self, timeout_s: int) -> bool:
+        """Waits until a job may be claimable; wakes one worker of all that wait. False after the timeout."""
+        rung: Awaitable[Any] = self.redis.blpop([self.keys.bell], timeout=timeout_s)  # type: ignore[assignment]  # redis-py types both its clients at once
+        return await rung is not None
+
+    async def ring(self) -> None:
+        """Wakes one worker, for a bell that was heard in vain."""
+        await self.redis.lpush(self.keys.bell, "1")  # type: ignore[misc]  # redis-py types both its clients at once
+        await self.redis.pexpire(self.keys.bell, 60_000)
+
+    async def claim(self, worker_id: str, slots: int) -> list[Claim]:
+        """Opens an attempt of up to `slots` jobs. No answer may still mean that jobs were claimed: see the sweep."""
+        rows = await self._run("claim", self.keys.queue, worker_id, slots, self._run_timeout_ms, self._unfinished_ms)
+        return [
+            Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
+        ]
+
+    def finish_args(
+        self,
+        claim: Claim,
+        worker_id: str,
+        marker: Entry,
+        status: Status,
+        fields: Mapping[str, str | bytes | int],
+    ) -> tuple[list[str], list[str | bytes | int]]:
+        """Keys and arguments of the `finish` script, for a pipeline that sends it behind the last entries."""
+        return [self.keys.job(claim.job_id)], [
+            self.keys.prefix,
+            claim.job_id,
+            worker_id,
+            claim.attempt,
+            marker.id.sequence,
+            marker.kind.value,
+            marker.payload,
+            status.value,
+            self._retention_ms,
+            "entries",
+            marker.id.sequence - 1,
+            *_flatten(fields),
+        ]
+
+    async def release(self, claim: Claim, worker_id: str) -> None:
+        """Tells that a job which was ended from outside executes no longer. Idempotent."""
+        await self._run("release", self.keys.job(claim.job_id), claim.job_id, worker_id, claim.attempt)
+
+    def beat_args(self, worker_id: str, fields: Mapping[str, str | int]) -> tuple[list[str], list[str | bytes | int]]:
+        """Keys and arguments of the `beat` script, which runs on the heartbeat's own connection."""
+        lease_ms = round(self.settings.lease_s * 1000)
+        return [self.keys.workers], [self.keys.prefix, worker_id, lease_ms, *_flatten(fields)]
+
+    async def retire(self, worker_id: str) -> None:
+        """Takes a worker that runs nothing any more off the list."""
+        await self._run("retire", self.keys.workers, worker_id)
+
+    # -- ending from outside -----------------------------------------------------------------------------------------
+
+    async def end(self, job_id: str, status: Status, error: ErrorMarker) -> Ending:
+        """Ends a job whatever it is doing; its worker is told to stop. A job that has ended stays as it is."""
+        answer = await self._run(
+            "end", self.keys.job(job_id), job_id, status.value, error.payload(), self._retention_ms
+        )
+        if answer in (b"done", b"gone"):
+            return Ending(answer.decode())
+        return Ending.TERMINAL
+
+    async def cancel(self, job_id: str, message: str) -> Ending:
+        """Ends a job because nobody wants its answer any more."""
+        return await self.end(job_id, Status.CANCELLED, ErrorMarker(ErrorCode.CANCELLED, message))
+
+    async def sweep(self) -> list[Swept]:
+        """Recovers the jobs of lost workers and ends jobs past their deadline. Any process may call it at any time."""
+        rows = await self._run(
+            "sweep",
+            self.keys.deadlines,
+            SWEEP_LIMIT,
+            self._retention_ms,
+            self._queue_timeout_ms,
+            self.settings.max_attempts,
+            *(marker.payload() for marker in _SWEEP_MARKERS),
+        )
+        return [Swept(job_id.decode(), what.decode()) for job_id, what in rows]
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    async def read_after(self, job_id: str, cursor: EntryId, count: int) -> StreamRead:
+        """Up to `count` entries that follow the cursor, and what there is to expect behind them.
+
+        Raises UnreadableEntryError.
+        """
+        async with self.redis.pipeline(transaction=False) as pipe:
+            pipe.hget(self.keys.job(job_id), "status")
+            pipe.exists(self.keys.stream(job_id))
+            pipe.xrange(self.keys.stream(job_id), f"({cursor}", "+", count=count)
+            status, exists, rows = await pipe.execute()
+        return StreamRead(
+            entries=[entry_from_fields(raw_id, fields) for raw_id, fields in rows],
+            exists=bool(exists),
+            status=Status(status.decode()) if status else None,
+        )
+
+    async def record(self, job_id: str) -> JobRecord | None:
+        """What Redis knows of a job; None if there is none."""
+        fields: dict[bytes, bytes] = await self.redis.hgetall(self.keys.job(job_id))  # type: ignore[misc]  # as above
+        return JobRecord.from_hash(job_id, fields) if fields else None
+
+    async def live_workers(self) -> int:
+        """How many workers hold a lease."""
+        seconds, microseconds = await self.redis.time()
+        return int(await self.redis.zcount(self.keys.workers, f"({seconds * 1000 + microseconds // 1000}", "+inf"))
+
+
+_SWEEP_MARKERS = (
+    ErrorMarker(ErrorCode.WORKER_LOST, "The worker that ran this request was lost before the answer was complete."),
+    ErrorMarker(ErrorCode.TIMEOUT, "The agent did not finish in time."),
+    ErrorMarker(ErrorCode.QUEUE_TIMEOUT, "The request waited too long for its turn."),
+    ErrorMarker(ErrorCode.NO_WORKER, "No worker is running that could answer the request."),
+)
+
+
+def _flatten(fields: Mapping[str, str | bytes | int]) -> Sequence[str | bytes | int]:
+    return [part for pair in fields.items() for part in pair]

@@ -1,0 +1,26 @@
+"""Runs the sweep now and then. Every API and worker process does, so that any survivor recovers the others' jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import structlog
+from redis.exceptions import RedisError
+
+from shared.store import JobStore
+
+log = structlog.get_logger(__name__)
+
+INTERVAL_S = 0.5
+
+
+async def sweep_forever(store: JobStore) -> None:
+    """Runs until it is cancelled; outlives an unreachable Redis."""
+    while True:
+        await asyncio.sleep(INTERVAL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads the processes, no secret
+        try:
+            for job_id, what in await store.sweep():
+                log.warning("job_swept", job=job_id, what=what)
+        except (RedisError, OSError) as error:
+            log.warning("sweep_failed", reason=str(error))

@@ -1,0 +1,51 @@
+"""Text that survives: lone surrogates, which JSON can carry and UTF-8 cannot, pass through every hop unharmed.
+
+A JSON string may hold half of a surrogate pair (a client that cuts its text by UTF-16 units sends one, a model that
+streams them byte by byte says one). Python keeps it as a lone surrogate; strict UTF-8 refuses it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import orjson
+
+
+def text_bytes(text: str) -> bytes:
+    """UTF-8, with lone surrogates encoded as if they were characters. The inverse of `bytes_text`."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def bytes_text(data: bytes) -> str:
+    """The inverse of `text_bytes`. Raises UnicodeDecodeError on bytes that it never makes."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "surrogatepass")
+
+
+def json_bytes(value: Any) -> bytes:
+    """Compact JSON in UTF-8; where a string holds a lone surrogate, in ASCII with escapes."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON document. Raises ValueError on anything else, NaN and nesting too deep to read included."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        try:  # orjson refuses lone surrogates, the standard library reads them
+            return json.loads(data, parse_constant=_refuse_constant)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,271 @@
+"""Sends what all attempts of this worker say to their streams.
+
+Rule 1: one flush is on its way at a time. What is said meanwhile goes out in the next one; nothing lingers.
+Rule 2: an entry's id is its idempotency key. After a broken connection the publisher asks what has landed and sends
+        the rest, so a retried append is never a second entry.
+Rule 3: the marker travels behind the last entries, in one flush; an `ok` on an incomplete stream is refused.
+Rule 4: an attempt whose entry Redis refuses is lost: somebody else has gone on with the job. It says no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from types import TracebackType
+from typing import NamedTuple
+
+import structlog
+from redis.exceptions import NoScriptError, ResponseError
+
+from shared import scripts
+from shared.connection import UNREACHABLE
+from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
+from shared.jobs import Status
+from shared.store import Claim, Ending, JobStore
+
+log = structlog.get_logger(__name__)
+
+HIGH_WATER_BYTES = 64 * 1024  # an attempt with more than this unsent has to wait before it says more
+FIRST_RETRY_S, LAST_RETRY_S = 0.02, 1.0
+
+
+class Loss(StrEnum):
+    """Why an attempt may say no more."""
+
+    FENCED = "fenced"  # a later attempt is open, or the job has ended
+    EXPIRED = "expired"  # its stream is gone
+    REFUSED = "refused"  # Redis refuses to store it
+
+
+class AttemptLostError(Exception):
+    """The attempt may say no more; `loss` tells why."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss.value)
+        self.loss = loss
+
+
+class _Finish(NamedTuple):
+    """A marker on its way."""
+
+    marker: Entry
+    status: Status
+    fields: Mapping[str, str | bytes | int]
+    ending: asyncio.Future[Ending]
+
+
+class AttemptLog:
+    """What one attempt says, in order. Made by `Publisher.open`."""
+
+    def __init__(self, publisher: Publisher, claim: Claim, on_lost: Callable[[Loss], None]) -> None:
+        self.claim = claim
+        self.loss: Loss | None = None
+        self._publisher = publisher
+        self._on_lost = on_lost
+        self._tally = Tally()
+        self._said: list[tuple[Kind, bytes]] = []  # not yet entries
+        self._unsent: list[Entry] = []  # numbered; on their way or waiting for a retry
+        self._finish: _Finish | None = None
+        self._bytes_waiting = 0
+        self._flushed = asyncio.Event()
+        self._flushed.set()
+
+    @property
+    def tally(self) -> Tally:
+        """Of everything that has become an entry; of everything said once `flushed` has returned."""
+        return self._tally
+
+    def append(self, kind: Kind, payload: bytes) -> None:
+        """Says something. Raises AttemptLostError if nobody listens any more."""
+        if self.loss is not None:
+            raise AttemptLostError(self.loss)
+        self._said.append((kind, payload))
+        self._bytes_waiting += len(payload)
+        self._flushed.clear()
+        self._publisher.notice(self)
+
+    @property
+    def must_wait(self) -> bool:
+        return self._bytes_waiting > HIGH_WATER_BYTES
+
+    async def flushed(self) -> None:
+        """Returns once Redis has everything said so far. Raises AttemptLostError."""
+        await self._flushed.wait()
+        if self.loss is not None:
+            raise AttemptLostError(self.loss)
+
+    async def finish(
+        self, kind: Kind, payload: Callable[[Tally], bytes], status: Status, fields: Mapping[str, str | bytes | int]
+    ) -> Ending:
+        """Appends the marker behind everything said, and ends the job. `payload` gets the tally of all entries.
+
+        The answer is never TERMINAL. Waits for Redis as long as it takes.
+        """
+        self._number_entries()
+        marker = Entry(EntryId(self.claim.attempt, self._tally.count + 1), kind, payload(self._tally))
+        ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
+        if self.loss is not None:
+            return Ending.GONE if self.loss is Loss.EXPIRED else Ending.FENCED
+        self._finish = _Finish(marker, status, fields, ending)
+        self._publisher.notice(self)
+        return await ending
+
+    # -- for the publisher ---------------------------------------------------------------------------------------------
+
+    def _number_entries(self) -> None:
+        for kind, payload in merge(self._said):
+            self._tally.add(payload)
+            self._unsent.append(Entry(EntryId(self.claim.attempt, self._tally.count), kind, payload))
+        self._said.clear()
+
+    def take(self) -> tuple[list[Entry], _Finish | None]:
+        """Everything that has to be sent now."""
+        self._number_entries()
+        return self._unsent, self._finish
+
+    def landed(self, last: EntryId) -> None:
+        """Redis has every entry up to `last`."""
+        self._unsent = [entry for entry in self._unsent if entry.id > last]
+        self._bytes_waiting = sum(len(entry.payload) for entry in self._unsent) + sum(
+            len(payload) for _, payload in self._said
+        )
+        if not self._unsent and not self._said:
+            self._flushed.set()
+
+    def ended(self, ending: Ending) -> None:
+        """Redis has answered for the marker."""
+        if self._finish is not None and not self._finish.ending.done():
+            self._finish.ending.set_result(ending)
+        self._finish = None
+
+    def lose(self, loss: Loss) -> None:
+        """Redis has refused an entry."""
+        if self.loss is not None:
+            return
+        self.loss = loss
+        self._said.clear()
+        self._unsent.clear()
+        self._bytes_waiting = 0
+        self._flushed.set()
+        self.ended(Ending.GONE if loss is Loss.EXPIRED else Ending.FENCED)
+        self._on_lost(loss)
+
+
+class Publisher:
+    """The one flusher of a worker; an async context manager that owns its task."""
+
+    def __init__(self, store: JobStore, worker_id: str) -> None:
+        self._store = store
+        self._worker_id = worker_id
+        self._waiting: dict[AttemptLog, None] = {}  # in the order in which they spoke
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._script = store.script("finish")
+
+    async def __aenter__(self) -> Publisher:
+        self._task = asyncio.create_task(self._flush_forever(), name="publisher")
+        return self
+
+    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def open(self, claim: Claim, on_lost: Callable[[Loss], None]) -> AttemptLog:
+        """The log of a claimed attempt. `on_lost` is called at most once, as soon as Redis refuses an entry."""
+        return AttemptLog(self, claim, on_lost)
+
+    def notice(self, attempt: AttemptLog) -> None:
+        """This attempt has something to send."""
+        self._waiting[attempt] = None
+        self._wake.set()
+
+    async def _flush_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            attempts, self._waiting = list(self._waiting), {}
+            retry_s = FIRST_RETRY_S
+            unconfirmed = False
+            while attempts:
+                try:
+                    if unconfirmed:
+                        await self._ask_what_landed(attempts)
+                    attempts = await self._flush(attempts)
+                except UNREACHABLE as error:
+                    log.warning("publisher_cannot_reach_redis", reason=str(error), attempts=len(attempts))
+                if attempts:
+                    unconfirmed = True
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+    async def _flush(self, attempts: list[AttemptLog]) -> list[AttemptLog]:
+        """Sends all that these attempts have to say; returns those that must be sent again."""
+        sent: list[tuple[AttemptLog, list[Entry], _Finish | None]] = []
+        async with self._store.redis.pipeline(transaction=False) as pipe:
+            for attempt in attempts:
+                entries, finish = attempt.take()
+                sent.append((attempt, list(entries), finish))
+                stream = self._store.keys.stream(attempt.claim.job_id)
+                channel = self._store.keys.stream_channel(attempt.claim.job_id)
+                for entry in entries:
+                    pipe.xadd(stream, {entry.kind.value: entry.payload}, id=str(entry.id), nomkstream=True)
+                    pipe.publish(channel, entry_to_message(entry))
+                if finish is not None:
+                    keys, args = self._store.finish_args(
+                        attempt.claim, self._worker_id, finish.marker, finish.status, finish.fields
+                    )
+                    pipe.evalsha(self._script.sha, 1, *keys, *args)  # type: ignore[arg-type]  # bytes and ints are fine
+            answers = iter(await pipe.execute(raise_on_error=False))
+
+        again: list[AttemptLog] = []
+        for attempt, entries, finish in sent:
+            refusals = [_refusal_of(next(answers), next(answers)) for _ in entries]
+            ending = next(answers) if finish is not None else None
+            refusal = next((r for r in refusals if r is not None), None)
+            if isinstance(refusal, Exception) or isinstance(ending, (NoScriptError, *UNREACHABLE)):
+                if isinstance(ending, NoScriptError):  # Redis was restarted, or its scripts were flushed
+                    await self._store.redis.script_load(scripts.source("finish"))
+                again.append(attempt)
+                continue
+            if refusal is not None:
+                attempt.lose(refusal)
+                continue
+            if entries:
+                attempt.landed(entries[-1].id)
+            if isinstance(ending, ResponseError):
+                log.error("marker_refused", job=attempt.claim.job_id, attempt=attempt.claim.attempt, reason=str(ending))
+                attempt.lose(Loss.REFUSED)
+            elif ending is not None:
+                attempt.ended(Ending(ending.decode()))
+        return again
+
+    async def _ask_what_landed(self, attempts: list[AttemptLog]) -> None:
+        """After an answer that never came: forget what is in Redis already, so that it is not sent twice."""
+        async with self._store.redis.pipeline(transaction=False) as pipe:
+            for attempt in attempts:
+                pipe.xrevrange(self._store.keys.stream(attempt.claim.job_id), count=1)
+            answers = await pipe.execute()
+        for attempt, rows in zip(attempts, answers, strict=True):
+            if not rows:
+                attempt.lose(Loss.EXPIRED)
+                continue
+            last = EntryId.parse(rows[0][0])
+            _, finish = attempt.take()
+            if last.attempt > attempt.claim.attempt:
+                attempt.lose(Loss.FENCED)
+            elif finish is not None and last == finish.marker.id:
+                attempt.landed(last)
+                attempt.ended(Ending.DONE)
+            else:
+                attempt.landed(last)
+
+
+def _refusal_of(appended: object, _published: object) -> Loss | Exception | None:
+    """What Redis's answer to an append means: None (stored), a loss, or an exception (try again)."""
+    if isinstance(appended, UNREACHABLE):
+        return appended
+    if isinstance(appended, ResponseError):
+        return Loss.FENCED if "equal or smaller" in str(appended) else Loss.REFUSED
+    return None if appended is not None else Loss.EXPIRED

@@ -1,0 +1,250 @@
+"""arq's worker, made to wait for a bell instead of polling, to claim with a lease, and to drain.
+
+What stays arq's: its job format and queue, `main` and `run_job`, which look the function up and call it.
+What changes, and why (arq 0.28, docs/decisions/0002-arq.md):
+    start_jobs          replaced by one script that claims many jobs; arq's claim is never renewed and fences nothing
+    finish_job          does nothing; the marker's script has removed arq's keys, and arq's own removal is not fenced
+    finish_failed_job   arq gives a job up without calling us; it gets its marker here
+    signal handlers     the first one drains, the second one stops now; each job still gets its marker
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import secrets
+from contextlib import AsyncExitStack
+from signal import Signals
+from typing import Any
+
+import structlog
+import uvloop
+from arq.worker import Worker, func
+
+from shared.connection import UNREACHABLE, connect, wait_for_redis
+from shared.entries import ErrorMarker
+from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
+from shared.keys import Keys
+from shared.settings import Settings
+from shared.store import Claim, JobStore
+from shared.sweeper import sweep_forever
+from shared.text import json_bytes, parse_json
+from worker.agents.contract import Agent
+from worker.liveness import Heartbeat
+from worker.orders import follow_orders
+from worker.publisher import Publisher
+from worker.run import ABANDON_S, CLEAN_UP_S, Run, Stop
+
+log = structlog.get_logger(__name__)
+
+BELL_TIMEOUT_S = 1  # how late a job is noticed if the worker that heard the bell dies before it claims
+PAUSE_S = 1.0  # how long the worker waits for a free slot or an order to stop before it looks around
+HEALTH_CHECK_INTERVAL_S = 10  # arq's own health record, for `arq --check`
+STOP_TIMEOUT_S = 15.0  # what the jobs get to write their markers after the drain
+
+
+def health_check_key(settings: Settings) -> str:
+    """What `arq --check` looks at."""
+    return f"{Keys(settings.prefix).queue}:health-check"
+
+
+async def run_completion(ctx: dict[str, Any]) -> None:
+    """The function that arq calls for a job: executes the attempt that this worker has claimed."""
+    runs: dict[str, Run] = ctx["runs"]
+    await runs[ctx["job_id"]].execute()
+
+
+class QueueWorker(Worker):
+    """Claims jobs, runs each in a `Run`, keeps the worker's lease, and drains when it is told to stop."""
+
+    def __init__(self, settings: Settings, agent: Agent, **options: Any) -> None:
+        """`options` are arq's own, such as `burst` and `handle_signals`."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # arq takes the current loop: let it be the fast one
+            asyncio.set_event_loop(uvloop.new_event_loop())
+        self.settings = settings
+        self.agent = agent
+        self.store = JobStore(connect(settings), settings)
+        self.worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.publisher = Publisher(self.store, self.worker_id)
+        self.runs: dict[str, Run] = {}
+        self._changed = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._drain_task: asyncio.Task[None] | None = None
+        self._services = AsyncExitStack()
+        arq_options: dict[str, Any] = {
+            "functions": [func(run_completion, name=ARQ_FUNCTION)],
+            "redis_pool": self.store.redis,
+            "queue_name": self.store.keys.queue,
+            "health_check_key": health_check_key(settings),
+            "health_check_interval": HEALTH_CHECK_INTERVAL_S,
+            "max_jobs": settings.max_jobs,
+            "poll_delay": 0,  # _poll_iteration waits for the bell instead
+            "keep_result": 0,  # the stream is the result
+            "retry_jobs": False,  # recovery retries, see the sweep
+            "max_tries": settings.max_attempts + 1,  # the claim counts attempts; arq only must not be stricter
+            # The last resort behind our own run timeout.
+            "job_timeout": settings.run_timeout_s + CLEAN_UP_S + ABANDON_S + STOP_TIMEOUT_S,
+            "ctx": {"runs": self.runs},
+            "job_serializer": json_bytes,
+            "job_deserializer": parse_json,
+        }
+        super().__init__(**(arq_options | options))
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def main(self) -> None:
+        await wait_for_redis(self.store.redis, patience_s=self.settings.redis_patience_s)
+        await self._services.enter_async_context(self.publisher)
+        heartbeat = Heartbeat(self.store, self.worker_id, self._describe(), self._on_lease_lost)
+        await heartbeat.start()
+        self._services.push_async_callback(heartbeat.stop)
+        for service in (
+            sweep_forever(self.store),
+            follow_orders(self.store, self.worker_id, on_stop=self._on_stop_order, on_connected=self._drop_ended_runs),
+        ):
+            self._services.push_async_callback(_cancel, asyncio.create_task(service))
+        log.info("worker_started", worker=self.worker_id, agent=self.agent.name, max_jobs=self.max_jobs)
+        await super().main()
+
+    async def close(self) -> None:
+        """Ends what still runs, then lets go of the agent, the lease and Redis. Idempotent."""
+        if self._pool is None:
+            return
+        self.allow_pick_jobs = False
+        await self._stop_runs()
+        await self.agent.aclose()
+        await self._services.aclose()
+        try:
+            await self.store.retire(self.worker_id)
+        except UNREACHABLE as error:
+            log.warning("worker_could_not_retire", worker=self.worker_id, reason=str(error))
+        await self.store.redis.aclose(close_connection_pool=True)
+        self._pool = None
+        log.info("worker_stopped", worker=self.worker_id)
+
+    def _describe(self) -> dict[str, str | int]:
+        return {"agent": self.agent.name, "max_jobs": self.max_jobs}
+
+    # -- claiming ------------------------------------------------------------------------------------------------------
+
+    async def _poll_iteration(self) -> None:
+        """Waits until there may be something to do, and does it. arq calls this in a loop."""
+        self._forget_finished()
+        try:
+            await self.heart_beat()
+            slots = self.max_jobs - len(self.tasks)
+            if not self.allow_pick_jobs or slots == 0:
+                await self._wait_for_change()
+                return
+            claims = await self.store.claim(self.worker_id, slots)
+            for claim in claims:
+                self._start(claim)
+            if len(claims) < slots and not self.burst:
+                await self._wait_for_bell()
+        except UNREACHABLE as error:
+            log.warning("worker_cannot_reach_redis", worker=self.worker_id, reason=str(error))
+            await self._wait_for_change()
+
+    async def _wait_for_bell(self) -> None:
+        rang = await self.store.wait_for_bell(BELL_TIMEOUT_S)
+        if rang and not self.allow_pick_jobs:
+            await self.store.ring()  # it was told to stop while it waited: the bell is for somebody else
+
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(PAUSE_S):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+
+    def _start(self, claim: Claim) -> None:
+        self.runs[claim.job_id] = Run(claim, self.agent, self.store, self.publisher, self.worker_id)
+        task = self.loop.create_task(self.run_job(claim.job_id, claim.started_ms))
+        task.add_done_callback(lambda _: self._changed.set())
+        self.tasks[claim.job_id] = task
+
+    def _forget_finished(self) -> None:
+        for job_id, task in list(self.tasks.items()):
+            if task.done():
+                del self.tasks[job_id]
+                self.runs.pop(job_id, None)
+                if not task.cancelled() and (error := task.exception()):
+                    log.error("job_task_failed", job=job_id, exc_info=error)
+
+    # -- what arq calls ------------------------------------------------------------------------------------------------
+
+    async def finish_job(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: the script that appended the marker has removed arq's keys."""
+
+    async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:  # noqa: ARG002  # arq's signature
+        """arq gives the job up: expired, unreadable, aborted, tried too often, or of an unknown function."""
+        log.error("job_undeliverable", job=job_id)
+        error = ErrorMarker(ErrorCode.UNDELIVERABLE, "The request could not be delivered to a worker.")
+        await self.store.end(job_id, Status.FAILED, error)
+        await self.store.release(self.runs[job_id].claim, self.worker_id)
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
+
+    def _on_stop_order(self, job_id: str) -> None:
+        if job_id in self.runs:
+            self.runs[job_id].stop(Stop.ENDED_OUTSIDE)
+
+    def _on_lease_lost(self) -> None:
+        """Others have taken this worker for lost and gone on with its jobs."""
+        for run in self.runs.values():
+            run.stop(Stop.ENDED_OUTSIDE)
+
+    async def _drop_ended_runs(self) -> None:
+        """Stops the runs whose jobs were ended while no order could be heard."""
+        for job_id, run in list(self.runs.items()):
+            record = await self.store.record(job_id)
+            if record is None or (record.status, record.worker, record.attempt) != (
+                Status.RUNNING,
+                self.worker_id,
+                run.claim.attempt,
+            ):
+                run.stop(Stop.ENDED_OUTSIDE)
+
+    def handle_sig(self, signum: Signals) -> None:
+        """The first signal drains; the second one does not wait for the jobs any longer."""
+        if self._drain_task is not None:
+            self._stop_now.set()
+            return
+        log.info("worker_draining", worker=self.worker_id, signal=Signals(signum).name, running=len(self.runs))
+        self.allow_pick_jobs = False
+        self._changed.set()
+        self._drain_task = self.loop.create_task(self._drain(Signals(signum)))
+
+    async def _drain(self, signum: Signals) -> None:
+        stop_now = asyncio.create_task(self._stop_now.wait())
+        finished = asyncio.ensure_future(asyncio.gather(*self._unfinished(), return_exceptions=True))
+        await asyncio.wait(
+            {stop_now, finished}, timeout=self.settings.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        stop_now.cancel()
+        await self._stop_runs()
+        if self.main_task is not None:
+            self.main_task.cancel()
+        if self.on_stop is not None:
+            self.on_stop(signum)
+
+    async def _stop_runs(self) -> None:
+        """Ends what still runs; each job gets its error marker."""
+        if self._unfinished():
+            log.warning("worker_stops_running_jobs", worker=self.worker_id, running=len(self._unfinished()))
+        for run in self.runs.values():
+            run.stop(Stop.DRAINED)
+        if unfinished := self._unfinished():
+            await asyncio.wait(unfinished, timeout=STOP_TIMEOUT_S)
+
+    def _unfinished(self) -> set[asyncio.Task[Any]]:
+        return {task for task in self.tasks.values() if not task.done()}
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

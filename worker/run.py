@@ -1,0 +1,259 @@
+"""Executes one attempt of a job: runs the agent, and ends the job whatever happens.
+
+Rule 1: an `ok` marker is written only if the agent returned an outcome.
+Rule 2: every other end of the agent is an `error` marker, unless somebody else has ended the job already.
+Rule 3: an agent that is not wanted any more is cancelled, gets a moment to clean up, and says nothing from then on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from enum import Enum
+from typing import Any, TypeVar
+
+import structlog
+
+from shared.connection import UNREACHABLE
+from shared.entries import ErrorMarker, Kind, OkMarker, Tally, Usage
+from shared.jobs import ErrorCode, Status
+from shared.store import Claim, Ending, JobStore
+from shared.text import json_bytes, parse_json, text_bytes
+from worker.agents.contract import Agent, AgentError, Outcome, ToolStatus, Turn
+from worker.publisher import FIRST_RETRY_S, LAST_RETRY_S, AttemptLog, AttemptLostError, Loss, Publisher
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
+ABANDON_S = 10.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
+
+
+class Stop(Enum):
+    """Why a run ends before its agent does."""
+
+    ENDED_OUTSIDE = "ended_outside"  # cancelled, recovered or past its deadline: the job has its marker already
+    IDLE = "idle"  # the agent said nothing for the idle timeout
+    TIMEOUT = "timeout"  # the attempt took longer than the run timeout
+    DRAINED = "drained"  # the worker stops and has waited long enough
+
+
+_STOP_MARKERS = {
+    Stop.IDLE: ErrorMarker(ErrorCode.TIMEOUT, "The agent fell silent and did not finish in time."),
+    Stop.TIMEOUT: ErrorMarker(ErrorCode.TIMEOUT, "The agent did not finish in time."),
+    Stop.DRAINED: ErrorMarker(ErrorCode.WORKER_STOPPED, "The worker was stopped before the answer was complete."),
+}
+
+# What becomes of a job whose stream Redis refuses to continue, while nobody else has ended it.
+_LOSS_MARKERS = {
+    Loss.EXPIRED: ErrorMarker(ErrorCode.STREAM_EXPIRED, "The stream of the answer has expired."),
+    Loss.REFUSED: ErrorMarker(ErrorCode.STREAM_INCOMPLETE, "A part of the answer could not be stored."),
+}
+
+
+class StreamVoice:
+    """An agent's voice: what it says becomes entries. Implements `worker.agents.contract.Voice`."""
+
+    def __init__(self, attempt: AttemptLog) -> None:
+        self._attempt = attempt
+        self._loop = asyncio.get_running_loop()
+        self.last_said_at = self._loop.time()  # or, before the first word, since when we listen
+        self.first_said_at: float | None = None
+        self.said_text = False
+
+    async def text(self, fragment: str) -> None:
+        if fragment:
+            self.said_text = True
+            await self._say(Kind.DELTA, text_bytes(fragment))
+
+    async def reasoning(self, fragment: str) -> None:
+        if fragment:
+            await self._say(Kind.REASONING, text_bytes(fragment))
+
+    async def tool_call(self, delta: Mapping[str, Any]) -> None:
+        await self._say(Kind.TOOL_CALL, json_bytes(delta))
+
+    async def tool(
+        self, name: str, status: ToolStatus, *, call_id: str | None = None, detail: str | None = None
+    ) -> None:
+        event = {"name": name, "status": status, "call_id": call_id, "detail": detail}
+        await self._say(Kind.TOOL, json_bytes(event))
+        await self._attempt.flushed()
+
+    async def _say(self, kind: Kind, payload: bytes) -> None:
+        self.last_said_at = self._loop.time()
+        if self.first_said_at is None:
+            self.first_said_at = self.last_said_at
+        self._attempt.append(kind, payload)
+        if self._attempt.must_wait:
+            await self._attempt.flushed()
+            self.last_said_at = self._loop.time()
+
+
+class Run:
+    """One attempt on this worker, from its claim to its release."""
+
+    def __init__(self, claim: Claim, agent: Agent, store: JobStore, publisher: Publisher, worker_id: str) -> None:
+        self.claim = claim
+        self._agent = agent
+        self._store = store
+        self._worker_id = worker_id
+        self._settings = store.settings
+        self._stop: Stop | None = None
+        self._stopped = asyncio.Event()
+        self._attempt = publisher.open(claim, self._on_lost)
+        self._log = log.bind(job=claim.job_id, attempt=claim.attempt)
+
+    def stop(self, reason: Stop) -> None:
+        """Ends the run; the first reason counts. A job that ended outside is left as it is."""
+        if self._stop is None:
+            self._stop = reason
+            self._stopped.set()
+        if reason is Stop.ENDED_OUTSIDE:
+            self._stop = reason
+            self._attempt.lose(Loss.FENCED)
+
+    def _on_lost(self, loss: Loss) -> None:
+        self._log.warning("attempt_lost", loss=loss.value)
+        self._stop = Stop.ENDED_OUTSIDE
+        self._stopped.set()
+
+    async def execute(self) -> None:
+        """Returns when the job has its marker and the agent has stopped. Cancelled: the worker is going down now."""
+        self._log.info("job_started", agent=self._agent.name)
+        voice = StreamVoice(self._attempt)
+        started_at = voice.last_said_at
+        agent_task = asyncio.create_task(self._run_agent(voice), name=f"agent {self.claim.job_id}")
+        try:
+            await self._until_done_or_stopped(agent_task, voice)
+        except asyncio.CancelledError:
+            self.stop(Stop.DRAINED)
+            await self._end(agent_task, voice, started_at)
+            raise
+        await self._end(agent_task, voice, started_at)
+
+    async def _run_agent(self, voice: StreamVoice) -> Outcome:
+        if self.claim.request is None:
+            raise AgentError("The request is no longer stored.")
+        request = parse_json(self.claim.request)
+        turn = Turn(
+            job_id=self.claim.job_id,
+            attempt=self.claim.attempt,
+            messages=request["messages"],
+            session_key=request["session"] or f"api:{self.claim.job_id}",
+            owns_history=request["owns_history"],
+            model=request["model"],
+            params=request["params"],
+        )
+        outcome = await self._agent.run(turn, voice)
+        if outcome.text and not voice.said_text:
+            await voice.text(outcome.text)
+        return outcome
+
+    async def _until_done_or_stopped(self, agent_task: asyncio.Task[Outcome], voice: StreamVoice) -> None:
+        """Waits for the agent, a stop, or a deadline, and turns a missed deadline into a stop."""
+        loop = asyncio.get_running_loop()
+        run_deadline = loop.time() + self._settings.run_timeout_s
+        stopped = asyncio.create_task(self._stopped.wait())
+        try:
+            while not agent_task.done() and not stopped.done():
+                idle_deadline = voice.last_said_at + self._settings.idle_timeout_s
+                now = loop.time()
+                if now >= run_deadline:
+                    self.stop(Stop.TIMEOUT)
+                elif now >= idle_deadline:
+                    self.stop(Stop.IDLE)
+                await asyncio.wait(
+                    {agent_task, stopped},
+                    timeout=max(0, min(run_deadline, idle_deadline) - now),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+        finally:
+            stopped.cancel()
+
+    async def _end(self, agent_task: asyncio.Task[Outcome], voice: StreamVoice, started_at: float) -> None:
+        """Stops the agent if it still runs, writes the marker that its end deserves, and frees slot and session."""
+        if not agent_task.done():
+            agent_task.cancel()
+            await asyncio.wait({agent_task}, timeout=CLEAN_UP_S)
+        if self._stop is Stop.ENDED_OUTSIDE:
+            ending = Ending.FENCED
+            if agent_task.done():
+                _retrieve(agent_task)
+            if self._attempt.loss in _LOSS_MARKERS:
+                await self._end_from_outside(_LOSS_MARKERS[self._attempt.loss])
+        elif agent_task.done() and not agent_task.cancelled() and agent_task.exception() is None:
+            ending = await self._finish_ok(agent_task.result(), voice, started_at)
+        else:
+            error = _STOP_MARKERS[self._stop] if self._stop is not None else self._explain(agent_task)
+            ending = await self._finish_error(error, voice, started_at)
+
+        if not agent_task.done():
+            self._log.warning("agent_ignores_cancellation", agent=self._agent.name)
+            await asyncio.wait({agent_task}, timeout=ABANDON_S)
+            if agent_task.done():
+                _retrieve(agent_task)
+            else:
+                self._log.error("agent_abandoned", agent=self._agent.name)
+        if ending is Ending.FENCED:
+            await _insist(lambda: self._store.release(self.claim, self._worker_id))
+
+    async def _finish_ok(self, outcome: Outcome, voice: StreamVoice, started_at: float) -> Ending:
+        cost = outcome.usage
+        usage = None if cost is None else Usage(cost.prompt_tokens, cost.completion_tokens)
+
+        def marker(tally: Tally) -> bytes:
+            return OkMarker(tally.count, tally.digest, outcome.finish_reason, usage).payload()
+
+        fields = self._timing(voice, started_at) | {"finish_reason": outcome.finish_reason}
+        if usage is not None:
+            fields["usage"] = json_bytes(usage._asdict())
+        ending = await self._attempt.finish(Kind.OK, marker, Status.SUCCEEDED, fields)
+        if ending is Ending.INCOMPLETE:
+            self._log.error("stream_incomplete")
+            await self._end_from_outside(_LOSS_MARKERS[Loss.REFUSED])
+            return Ending.FENCED
+        self._log.info("job_ended", ending=ending.value, status=Status.SUCCEEDED.value, reason=outcome.finish_reason)
+        return ending
+
+    async def _finish_error(self, error: ErrorMarker, voice: StreamVoice, started_at: float) -> Ending:
+        ending = await self._attempt.finish(
+            Kind.ERROR, lambda _: error.payload(), Status.FAILED, self._timing(voice, started_at)
+        )
+        self._log.info("job_ended", ending=ending.value, status=Status.FAILED.value, code=error.code)
+        return ending
+
+    async def _end_from_outside(self, error: ErrorMarker) -> None:
+        ending = await _insist(lambda: self._store.end(self.claim.job_id, Status.FAILED, error))
+        self._log.info("job_ended", ending=ending.value, status=Status.FAILED.value, code=error.code)
+
+    def _timing(self, voice: StreamVoice, started_at: float) -> dict[str, str | bytes | int]:
+        """When the first entry was said, on Redis's clock."""
+        if voice.first_said_at is None:
+            return {}
+        return {"first_token_ms": self.claim.started_ms + round((voice.first_said_at - started_at) * 1000)}
+
+    def _explain(self, agent_task: asyncio.Task[Outcome]) -> ErrorMarker:
+        """What the client may know of an agent's failure. The whole story goes to the log."""
+        error = None if agent_task.cancelled() else agent_task.exception()
+        self._log.error("agent_failed", agent=self._agent.name, exc_info=error)
+        message = error.public_message if isinstance(error, AgentError) else "The agent failed."
+        return ErrorMarker(ErrorCode.AGENT_ERROR, message)
+
+
+async def _insist(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeats an idempotent call until Redis answers."""
+    retry_s = FIRST_RETRY_S
+    while True:
+        try:
+            return await call()
+        except UNREACHABLE as error:
+            log.warning("worker_cannot_reach_redis", reason=str(error))
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+
+def _retrieve(task: asyncio.Task[Outcome]) -> None:
+    """Takes note of how an unwanted agent ended; its failure to be cancelled quietly is worth a line."""
+    if not task.cancelled() and (error := task.exception()) and not isinstance(error, AttemptLostError):
+        log.warning("agent_failed_while_stopping", exc_info=error)
