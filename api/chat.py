@@ -108,6 +108,9 @@ class Answer:
     def ending(self) -> OkMarker | ErrorMarker | None:
         return self._relay.ending
 
+    def has_ended(self) -> bool:
+        return self._relay.ending is not None
+
     @asynccontextmanager
     async def follow(self, receive: Receive) -> AsyncIterator[Tail]:
         """The job's tail, watched over: if the client goes away before the ending, its job is cancelled."""
@@ -143,14 +146,14 @@ class Answer:
         entries: list[Entry] = []
         try:
             async with self.follow(receive) as tail:
-                while self.ending is None:
+                while not self.has_ended():
                     entries += await self.entries(tail, self.settings.ping_interval_s)
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it; access logs know the number
         if isinstance(self.ending, ErrorMarker):
             raise JobFailedError(self.ending)
         if self.ending is None:
-            raise AssertionError("the loop ends with an ending")
+            raise AssertionError("an answer that has ended has an ending")
         answer = completion(
             entries,
             self.ending,
@@ -202,14 +205,14 @@ class StreamedAnswer(Response):
         now = asyncio.get_running_loop().time
         ping_at = now() + settings.ping_interval_s
         heartbeat_at = now() + settings.heartbeat_interval_s
-        while answer.ending is None:
+        while not answer.has_ended():
             entries = await answer.entries(tail, max(0.0, min(ping_at, heartbeat_at) - now()))
             frames = encoder.frames(entries)
-            if not frames and answer.ending is None and now() >= heartbeat_at:
+            if not frames and now() >= heartbeat_at and not answer.has_ended():
                 frames = encoder.heartbeat()
             if frames:
                 heartbeat_at = now() + settings.heartbeat_interval_s
-            elif answer.ending is None and now() >= ping_at:
+            elif now() >= ping_at and not answer.has_ended():
                 frames = PING
             if frames:
                 ping_at = now() + settings.ping_interval_s

@@ -78,7 +78,9 @@ class Voice(Protocol):
     async def tool_call(self, delta: Mapping[str, Any]) -> None:
         """A fragment of a function call that the *client* is to execute: an OpenAI `tool_calls` delta with `index`."""
 
-    async def tool(self, name: str, status: ToolStatus, *, call_id: str | None = None, detail: str | None = None) -> None:
+    async def tool(
+        self, name: str, status: ToolStatus, *, call_id: str | None = None, detail: str | None = None
+    ) -> None:
         """What one of the agent's own tools is doing. Returns once Redis has it, so call it before the tool runs."""
 
 
