@@ -1,7 +1,7 @@
 """A chat completion request: what is accepted, what is refused and why. No I/O.
 
-Known fields are checked strictly, unknown ones are ignored. What is checked is passed on as it came, so that an agent
-sees fields of a message that we do not know.
+The fields that we know are checked strictly. Messages and all other fields are passed on as they came, so that an agent
+may heed what we do not know.
 """
 
 from __future__ import annotations
@@ -25,26 +25,6 @@ from pydantic import (
 from api.errors import InvalidRequestError, PayloadTooLargeError
 from shared.jobs import Submission
 from shared.text import text_bytes
-
-# Fields of a request that an agent may heed; the others concern only us.
-AGENT_PARAMS = (
-    "frequency_penalty",
-    "logit_bias",
-    "max_completion_tokens",
-    "max_tokens",
-    "parallel_tool_calls",
-    "presence_penalty",
-    "reasoning_effort",
-    "response_format",
-    "seed",
-    "stop",
-    "temperature",
-    "tool_choice",
-    "tools",
-    "top_p",
-    "user",
-    "verbosity",
-)
 
 MAX_METADATA_PAIRS = 16
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
@@ -165,7 +145,7 @@ class StreamOptions(_Strict):
 
 
 class ChatRequest(_Strict):
-    """The fields of a request that we read ourselves. AGENT_PARAMS are the agent's to read."""
+    """The fields of a request that we read. All others are passed to the agent, which heeds those that it knows."""
 
     messages: list[Message] = Field(min_length=1)
     model: str | None = None
@@ -191,6 +171,9 @@ class ChatRequest(_Strict):
         if not any(message.role == "user" for message in messages):
             raise ValueError("must hold at least one message with the role 'user'")
         return messages
+
+
+OUR_FIELDS = frozenset(ChatRequest.model_fields) - {"user"}  # what concerns the delivery, not the answer
 
 
 def parse_chat_request(body: object, *, max_file_bytes: int) -> ChatRequest:
@@ -225,7 +208,7 @@ def submission(
         model=model,
         messages=body["messages"],
         owns_history=not session_id,
-        params={name: body[name] for name in AGENT_PARAMS if body.get(name) is not None},
+        params={name: value for name, value in body.items() if name not in OUR_FIELDS and value is not None},
         metadata=request.metadata or {},
         user=request.user or "",
         store=bool(request.store),

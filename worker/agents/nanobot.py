@@ -1,0 +1,266 @@
+"""nanobot as an agent, through its public facade. Importing this module imports nanobot, which takes a second.
+
+Rule 1: a run that returns has not therefore succeeded. nanobot reports a failed model as a normal return whose content
+        is the error; only `RunResult` and the last model response tell (case by case in its integration test).
+Rule 2: a stream that nanobot starts over after it has shown text is a failure: the text would be there twice.
+Rule 3: a tool is announced before it runs. nanobot's events come through a queue, so a hook holds the tools back until
+        the announcement has been read from it and delivered.
+Rule 4: a request that brings its own history leaves nothing behind: it runs in a session that is deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from loguru import logger as nanobot_logger
+from nanobot import Nanobot
+from nanobot.agent.hook import AgentHook, AgentHookContext
+from nanobot.config.errors import ConfigLoadError
+from nanobot.config.loader import load_config, resolve_config_env_vars, set_config_path
+from nanobot.config.paths import get_media_dir
+from nanobot.providers.factory import validate_provider_setup
+
+from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usage, Voice
+from worker.agents.media import EncodedFile, Message, divide, file_of, files_of, files_on_disk, parts_of, text_of
+
+# How the providers of nanobot say that an answer is whole. Anything else is a failure.
+FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
+    "stop": "stop",
+    "stop_sequence": "stop",  # Anthropic, Bedrock
+    "length": "length",
+    "content_filter": "content_filter",
+    "content_filtered": "content_filter",  # Bedrock
+    "guardrail_intervened": "content_filter",  # Bedrock
+    "refusal": "content_filter",  # Anthropic, OpenAI Responses
+}
+
+
+STARTED_OVER: Final = "The model behind the agent stopped in the middle of its answer."
+
+
+class NanobotRunError(Exception):
+    """What nanobot knew about a failed run, for the log. Its own text is left out: it may quote the answer."""
+
+
+class NanobotAgent:
+    """Runs each turn on one shared nanobot; turns of different sessions run side by side."""
+
+    name = "nanobot"
+
+    def __init__(self, bot: Nanobot) -> None:
+        self._bot = bot
+
+    @classmethod
+    def from_config(cls, path: Path) -> NanobotAgent:
+        """Build nanobot from its configuration file; see `configuration_problem` for whether that can succeed."""
+        nanobot_logger.disable("nanobot")  # it logs the beginning of every question and answer
+        set_config_path(path)  # nanobot keeps its media and sessions beside its configuration
+        return cls(Nanobot.from_config(path))
+
+    async def run(self, turn: Turn, voice: Voice) -> Outcome:
+        conversation = divide(turn.messages)
+        earlier = conversation.earlier if turn.owns_history else ()
+        earlier_files = [file for message in earlier for file in _referenced_files(message)]
+        files = [*earlier_files, *files_of(conversation.question)]
+        # nanobot's file tools may be confined to its workspace, but may always read its media directory.
+        async with files_on_disk(files, parent=get_media_dir("api")) as paths:
+            earlier_paths, media = paths[: len(earlier_files)], paths[len(earlier_files) :]
+            async with self._session(turn, earlier, earlier_paths) as session_key:
+                hook = _TurnHook()
+                stream = await self._bot.run_streamed(
+                    text_of(conversation.question),
+                    session_key=session_key,
+                    channel="api",
+                    chat_id="default",
+                    media=media or None,
+                    ephemeral=turn.owns_history,  # neither summarise the session nor learn from it
+                    hooks=[hook],
+                )
+                # Leaving this block early, cancelled or not, cancels the run and waits for its end.
+                async with aclosing(stream.stream_events()) as events:
+                    speech = _Speech(voice, hook)
+                    async for event in events:
+                        await speech.relay(event)
+                result = await stream.wait()
+        self._discard_channel_messages()
+        outcome = _outcome(result, hook)
+        await speech.finish(result.content)
+        return outcome
+
+    @asynccontextmanager
+    async def _session(self, turn: Turn, earlier: Sequence[Message], paths: Sequence[str]) -> AsyncIterator[str]:
+        """The key of the session to run in: the turn's own, or that of a throw-away one with the earlier messages."""
+        if not turn.owns_history:
+            yield turn.session_key
+            return
+        sessions = self._bot.sessions
+        for attempt in range(1, turn.attempt):  # a worker that was killed could not delete its own
+            sessions.delete(_throwaway_key(turn.job_id, attempt))
+        key = _throwaway_key(turn.job_id, turn.attempt)
+        try:
+            await sessions.ingest(key, seed_messages(earlier, paths))
+            yield key
+        finally:
+            sessions.delete(key)
+
+    def _discard_channel_messages(self) -> None:
+        """Empty nanobot's bus: its chat channels do not run here, and what is meant for them would pile up."""
+        bus = self._bot._loop.bus
+        for queue in (bus.outbound, bus.inbound):
+            while not queue.empty():
+                queue.get_nowait()
+
+    async def aclose(self) -> None:
+        await self._bot.aclose()
+
+
+class _TurnHook(AgentHook):  # type: ignore[misc] # nanobot ships no types
+    """What the events of one run do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__(reraise=True)
+        self.announced_tools = asyncio.Semaphore(0)  # released once for each tool whose start was delivered
+        self.last_response: Any = None  # the model's; None for a slash command, which asks no model
+        self.started_over = False
+
+    async def before_execute_tools(self, context: AgentHookContext) -> None:
+        for _call in context.tool_calls:
+            await self.announced_tools.acquire()
+
+    async def on_stream_end(self, context: AgentHookContext, *, resuming: bool) -> None:  # noqa: ARG002 - their signature
+        if context.response is None:  # a segment ended, but the request did not: the provider is about to repeat it
+            self.started_over = True
+            raise AgentError(STARTED_OVER)
+
+    async def after_iteration(self, context: AgentHookContext) -> None:
+        self.last_response = context.response
+
+
+class _Speech:
+    """Turns the events of one run into what the voice says."""
+
+    def __init__(self, voice: Voice, hook: _TurnHook) -> None:
+        self._voice = voice
+        self._hook = hook
+        self._said_text = False
+        self._said_text_since_tool = False
+
+    async def relay(self, event: Any) -> None:
+        match event.type:
+            case "text.delta":
+                self._said_text = self._said_text_since_tool = True
+                await self._voice.text(event.delta)
+            case "reasoning.delta":
+                await self._voice.reasoning(event.delta)
+            case "tool.started":
+                self._said_text_since_tool = False
+                await self._voice.tool(event.name, "started", call_id=event.tool_call_id)
+                self._hook.announced_tools.release()
+            case "tool.completed":
+                await self._voice.tool(event.name or "", "completed", call_id=event.tool_call_id)
+            case "tool.failed":
+                await self._voice.tool(event.name or "", "failed", call_id=event.tool_call_id)
+
+    async def finish(self, content: str) -> None:
+        """Say an answer that came in one piece after a tool, if text before the tool was streamed.
+
+        `Outcome.text` is not delivered then. nanobot ends like this when it had to ask the model again, because the
+        answer was empty.
+        """
+        if content and self._said_text and not self._said_text_since_tool:
+            await self._voice.text(f"\n\n{content}")
+
+
+def _outcome(result: Any, hook: _TurnHook) -> Outcome:
+    """How a run ended. Raises `AgentError` unless its answer is whole."""
+    response = hook.last_response
+    finish_reason = response.finish_reason if response is not None else "stop"
+    whole = result.error is None and result.stop_reason in (None, "completed") and not hook.started_over
+    if not whole or finish_reason not in FINISH_REASONS:
+        raise AgentError(_public_message(result, hook)) from NanobotRunError(
+            f"stop_reason={result.stop_reason} finish_reason={finish_reason} started_over={hook.started_over} "
+            f"http_status={getattr(response, 'error_status_code', None)} kind={getattr(response, 'error_kind', None)} "
+            f"code={getattr(response, 'error_code', None)}"
+        )
+    usage = result.usage and Usage(
+        prompt_tokens=result.usage.input_tokens, completion_tokens=result.usage.output_tokens
+    )
+    return Outcome(finish_reason=FINISH_REASONS[finish_reason], usage=usage, text=result.content)
+
+
+def _public_message(result: Any, hook: _TurnHook) -> str:
+    if hook.started_over:
+        return STARTED_OVER
+    response = hook.last_response
+    status = getattr(response, "error_status_code", None)
+    if status:
+        return f"The model behind the agent failed (HTTP {status})."
+    if result.stop_reason == "max_iterations":
+        return "The agent reached its limit of steps before it had an answer."
+    if result.stop_reason == "empty_final_response":
+        return "The model behind the agent gave no answer."
+    if getattr(response, "error_kind", None) in ("connection", "timeout"):
+        return "The connection to the model behind the agent failed."
+    return "The model behind the agent failed."
+
+
+def _throwaway_key(job_id: str, attempt: int) -> str:
+    return f"endmark:{job_id}:{attempt}"
+
+
+def seed_messages(earlier: Sequence[Message], paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Earlier messages in the form that a nanobot session keeps and replays.
+
+    nanobot has its own system prompt and replays a session from its first *user* message on. So the client's system
+    and developer messages, which it would drop, become an opening user message. Images stay in place; other files are
+    replaced by a reference to their path, as nanobot does with attachments. `paths` are those of `_referenced_files`
+    of all the messages, in order.
+    """
+    instructions = [text_of(message) for message in earlier if message.get("role") in ("system", "developer")]
+    others = [message for message in earlier if message.get("role") not in ("system", "developer")]
+    seed: list[dict[str, Any]] = []
+    if instructions:
+        opening = "\n\n".join(["Instructions of the application that you are serving:", *instructions])
+        seed.append({"role": "user", "content": opening})
+    elif others and others[0].get("role") != "user":
+        seed.append({"role": "user", "content": "(You speak first.)"})
+    remaining = iter(paths)
+    for message in others:
+        kept = {key: message[key] for key in ("tool_calls", "tool_call_id", "name") if key in message}
+        seed.append({"role": message["role"], "content": _seed_content(message, remaining), **kept})
+    return seed
+
+
+def _seed_content(message: Message, remaining_paths: Any) -> str | list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for part in parts_of(message):
+        if _is_referenced(part):
+            parts.append({"type": "text", "text": f"[Attachment: {next(remaining_paths)}]"})
+        elif part.get("type") == "refusal":
+            parts.append({"type": "text", "text": part.get("refusal") or ""})
+        else:
+            parts.append(dict(part))
+    if any(part.get("type") != "text" for part in parts):
+        return parts
+    return " ".join(str(part.get("text") or "") for part in parts)
+
+
+def _referenced_files(message: Message) -> list[EncodedFile]:
+    return [file for part in parts_of(message) if _is_referenced(part) and (file := file_of(part)) is not None]
+
+
+def _is_referenced(part: Mapping[str, Any]) -> bool:
+    return part.get("type") in ("file", "input_audio")
+
+
+def configuration_problem(path: Path) -> str | None:
+    """Why nanobot cannot run with this existing configuration file, as a clause; None if it can."""
+    try:
+        validate_provider_setup(resolve_config_env_vars(load_config(path), config_path=path))
+    except (ConfigLoadError, ValueError) as error:
+        return f"{path}: {str(error).rstrip('.')}"
+    return None
