@@ -1,0 +1,127 @@
+"""What a command reads from its environment, and how it says that something there is wrong.
+
+click.ClickException
+├── InvalidSettings    a setting is wrong; names the ENDMARK_ variable (exit code 2)
+├── UnusableAgent      the agent that the settings choose cannot be built (exit code 2)
+├── RedisUnreachable   Redis does not answer at the start (exit code 1)
+└── PortTaken          another process listens where the API should (exit code 1)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import click
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from shared.settings import Settings
+
+VARIABLE_PREFIX = "ENDMARK_"
+_SECRET_FIELDS = frozenset({"api_keys", "redis_url"})  # a Redis URL may carry a password
+
+
+class InvalidSettings(click.ClickException):
+    """A setting is wrong. The message names each variable, what is wrong with it and what it is for."""
+
+    exit_code = 2
+
+    def __init__(self, invalid: ValidationError) -> None:
+        lines = [
+            "these settings are wrong:",
+            *(line for error in invalid.errors() for line in _explain(error)),
+            "Correct or unset them; docs/settings.md explains every one.",
+        ]
+        super().__init__("\n".join(lines))
+
+
+class UnusableAgent(click.ClickException):
+    """The agent that the settings choose cannot be built. The message says what to do about it."""
+
+    exit_code = 2
+
+
+class RedisUnreachable(click.ClickException):
+    """Redis does not answer at the start."""
+
+    def __init__(self, redis_url: str, reason: Exception) -> None:
+        super().__init__(
+            f"Redis at {without_password(redis_url)} cannot be used: {reason}. Start it, or name another with "
+            f"--redis-url or {VARIABLE_PREFIX}REDIS_URL; `endmark dev` without either brings its own."
+        )
+
+
+class PortTaken(click.ClickException):
+    """Another process listens on the address that the API should bind."""
+
+    def __init__(self, host: str, port: int) -> None:
+        super().__init__(
+            f"port {port} on {host} is taken by another process. "
+            f"Stop that process, or choose another port with --port or {VARIABLE_PREFIX}PORT."
+        )
+
+
+def variable(field: str) -> str:
+    """The environment variable of a settings field."""
+    return VARIABLE_PREFIX + field.upper()
+
+
+def override(**fields: object) -> None:
+    """Let options win over the environment: set the variable of each settings field that is not None.
+
+    The variables are inherited by child processes, so that these see the same settings.
+    """
+    for field, value in fields.items():
+        if value is not None:
+            os.environ[variable(field)] = str(value)
+
+
+def read_settings() -> Settings:
+    """The settings of this process. Raises `InvalidSettings`."""
+    try:
+        return Settings()
+    except ValidationError as invalid:
+        raise InvalidSettings(invalid) from invalid
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise `PortTaken` if the API could not bind the address. Any other trouble is left to the API to report."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As uvicorn binds it: without this, the connections of a server that just stopped would look like a server.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortTaken(host, port) from error
+
+
+def without_password(redis_url: str) -> str:
+    """A Redis URL as it may be shown."""
+    parts = urlsplit(redis_url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def free_port(host: str) -> int:
+    """A port of this address that nobody listens on now. Somebody may by the time it is used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _explain(error: ErrorDetails) -> Iterator[str]:
+    reason = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # a rule about several settings; its message names them
+        yield f"  {reason}"
+        return
+    field = str(error["loc"][0])
+    value = "" if field in _SECRET_FIELDS else f"={error['input']}"
+    yield f"  {variable(field)}{value}: {reason}"
+    yield f"    {Settings.model_fields[field].description}"

@@ -1,0 +1,96 @@
+"""What `endmark` says when something is wrong, as a person sees it: the message, the exit code, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import pytest
+
+from cli.environment import free_port
+from tests.processes import ROOT
+
+LOOPBACK = "127.0.0.1"
+
+
+def endmark(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, with the ENDMARK_ variables given and no other."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ENDMARK_")}
+    completed = subprocess.run(
+        [sys.executable, "-m", "cli.main", *arguments],
+        cwd=ROOT,
+        env={**env, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "Traceback" not in completed.stderr, completed.stderr
+    return completed
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_version() -> None:
+    assert endmark("--version").stdout == f"endmark {version('endmark')}\n"
+
+
+@pytest.mark.parametrize("command", ["dev", "api", "worker"])
+def test_a_wrong_setting_names_its_variable(command: str) -> None:
+    completed = endmark(command, ENDMARK_MAX_JOBS="many", ENDMARK_PREFIX="a b")
+    assert completed.returncode == 2
+    assert "ENDMARK_MAX_JOBS=many: Input should be a valid integer" in completed.stderr
+    assert "Jobs that one worker runs at a time." in completed.stderr
+    assert "ENDMARK_PREFIX=a b: String should match pattern" in completed.stderr
+    assert "docs/settings.md" in completed.stderr
+
+
+def test_a_host_beyond_loopback_needs_keys() -> None:
+    completed = endmark("api", "--host", "0.0.0.0")
+    assert completed.returncode == 2
+    assert "ENDMARK_HOST=0.0.0.0 is reachable from other machines: set ENDMARK_API_KEYS" in completed.stderr
+    assert "Value error" not in completed.stderr
+
+
+def test_an_option_wins_over_its_variable() -> None:
+    with taken_port() as port:
+        completed = endmark("api", "--port", str(port), ENDMARK_PORT=str(free_port(LOOPBACK)))
+    assert f"port {port} on {LOOPBACK} is taken" in completed.stderr
+
+
+@pytest.mark.parametrize("command", ["dev", "api"])
+def test_a_taken_port_is_named_before_anything_starts(command: str) -> None:
+    with taken_port() as port:
+        completed = endmark(command, ENDMARK_PORT=str(port))
+    assert completed.returncode == 1
+    assert completed.stdout == ""
+    assert completed.stderr == (
+        f"Error: port {port} on {LOOPBACK} is taken by another process. "
+        "Stop that process, or choose another port with --port or ENDMARK_PORT.\n"
+    )
+
+
+def test_a_worker_without_redis_says_where_it_looked() -> None:
+    url = f"redis://:secret@{LOOPBACK}:{free_port(LOOPBACK)}/0"
+    completed = endmark("worker", "--redis-url", url, ENDMARK_AGENT="echo", ENDMARK_REDIS_PATIENCE_S="1")
+    assert completed.returncode == 1
+    assert f"Error: Redis at {url.replace(':secret@', '')} cannot be used" in completed.stderr
+    assert "ENDMARK_REDIS_URL" in completed.stderr
+    assert "secret" not in completed.stderr
+
+
+def test_an_agent_that_cannot_be_built_is_explained() -> None:
+    completed = endmark("worker", ENDMARK_AGENT="no_such_module:agent")
+    assert completed.returncode == 2
+    assert "Error: ENDMARK_AGENT=no_such_module:agent: there is no module 'no_such_module'" in completed.stderr
