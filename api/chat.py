@@ -187,15 +187,13 @@ class StreamedAnswer(Response):
         await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
         try:
             async with self._answer.follow(receive) as tail:
-                await self._relay_entries(tail, send)
+                try:
+                    await self._relay_entries(tail, send)
+                except asyncio.CancelledError:  # the server stops, and has waited long enough
+                    await send({"type": "http.response.body", "body": error_frame(INTERRUPTED)})
+                    raise
         except (ClientGoneError, OSError):
             return
-        except asyncio.CancelledError:  # the server stops, and has waited long enough
-            stopped = ErrorMarker(
-                ErrorCode.STREAM_INTERRUPTED, "The server was stopped before the answer was complete."
-            )
-            await send({"type": "http.response.body", "body": error_frame(stopped)})
-            raise
         ending = self._answer.ending
         body = self._encoder.ending(ending) if isinstance(ending, OkMarker) else error_frame(ending or INCOMPLETE)
         await send({"type": "http.response.body", "body": body})

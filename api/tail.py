@@ -37,6 +37,7 @@ PAGE_ENTRIES = 500  # how many entries one read returns at most
 QUIET_S = 15.0  # how long a silent stream is trusted to be silent
 DEAF_S = 0.25  # the same while pub/sub is not connected
 RECONNECT_S = 0.1
+GOODBYE_S = 2.0  # how long a stopping process waits for its last readers
 PROBE_S = 10.0  # how long the pub/sub connection may be silent before it is probed
 
 _TERMINAL = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
@@ -163,6 +164,10 @@ class Switchboard:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Lets readers that were just cancelled say goodbye, then stops listening."""
+        deadline = asyncio.get_running_loop().time() + GOODBYE_S
+        while self._tails and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)

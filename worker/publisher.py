@@ -36,6 +36,7 @@ class Loss(StrEnum):
     FENCED = "fenced"  # a later attempt is open, or the job has ended
     EXPIRED = "expired"  # its stream is gone
     REFUSED = "refused"  # Redis refuses to store it
+    FINISHED = "finished"  # its own marker is on the way
 
 
 class AttemptLostError(Exception):
@@ -67,6 +68,7 @@ class AttemptLog:
         self._said: list[tuple[Kind, bytes]] = []  # not yet entries
         self._unsent: list[Entry] = []  # numbered; on their way or waiting for a retry
         self._finish: _Finish | None = None
+        self._finished = False
         self._bytes_waiting = 0
         self._flushed = asyncio.Event()
         self._flushed.set()
@@ -77,9 +79,9 @@ class AttemptLog:
         return self._tally
 
     def append(self, kind: Kind, payload: bytes) -> None:
-        """Says something. Raises AttemptLostError if nobody listens any more."""
-        if self.loss is not None:
-            raise AttemptLostError(self.loss)
+        """Says something. Raises AttemptLostError if the attempt may say no more."""
+        if self.loss is not None or self._finished:
+            raise AttemptLostError(self.loss or Loss.FINISHED)
         self._said.append((kind, payload))
         self._bytes_waiting += len(payload)
         self._flushed.clear()
@@ -102,6 +104,7 @@ class AttemptLog:
 
         The answer is never TERMINAL. Waits for Redis as long as it takes.
         """
+        self._finished = True
         self._number_entries()
         marker = Entry(EntryId(self.claim.attempt, self._tally.count + 1), kind, payload(self._tally))
         ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()

@@ -173,30 +173,39 @@ class Run:
 
     async def _end(self, agent_task: asyncio.Task[Outcome], voice: StreamVoice, started_at: float) -> None:
         """Stops the agent if it still runs, writes the marker that its end deserves, and frees slot and session."""
-        if not agent_task.done():
+        finished_by_itself = agent_task.done()
+        if not finished_by_itself:
             agent_task.cancel()
             await asyncio.wait({agent_task}, timeout=CLEAN_UP_S)
+
         if self._stop is Stop.ENDED_OUTSIDE:
             ending = Ending.FENCED
-            if agent_task.done():
-                _retrieve(agent_task)
-            if self._attempt.loss in _LOSS_MARKERS:
-                await self._end_from_outside(_LOSS_MARKERS[self._attempt.loss])
-        elif agent_task.done() and not agent_task.cancelled() and agent_task.exception() is None:
+        elif finished_by_itself and not agent_task.cancelled() and agent_task.exception() is None:
             ending = await self._finish_ok(agent_task.result(), voice, started_at)
+        elif self._stop is not None:  # what a cancelled agent returns is not a whole answer
+            ending = await self._finish_error(_STOP_MARKERS[self._stop], voice, started_at)
         else:
-            error = _STOP_MARKERS[self._stop] if self._stop is not None else self._explain(agent_task)
-            ending = await self._finish_error(error, voice, started_at)
+            ending = await self._finish_error(self._explain(agent_task), voice, started_at)
 
+        loss = Loss.REFUSED if ending is Ending.INCOMPLETE else self._attempt.loss
+        if loss in _LOSS_MARKERS:
+            await self._end_from_outside(_LOSS_MARKERS[loss])
+        if not finished_by_itself:
+            await self._let_go(agent_task)
+        if ending is not Ending.DONE:
+            await _insist(lambda: self._store.release(self.claim, self._worker_id))
+
+    async def _let_go(self, agent_task: asyncio.Task[Outcome]) -> None:
+        """Waits for a cancelled agent a little longer; the slot and the session are its own until then."""
         if not agent_task.done():
             self._log.warning("agent_ignores_cancellation", agent=self._agent.name)
             await asyncio.wait({agent_task}, timeout=ABANDON_S)
-            if agent_task.done():
-                _retrieve(agent_task)
-            else:
-                self._log.error("agent_abandoned", agent=self._agent.name)
-        if ending is Ending.FENCED:
-            await _insist(lambda: self._store.release(self.claim, self._worker_id))
+        if not agent_task.done():
+            self._log.error("agent_abandoned", agent=self._agent.name)
+            return
+        error = None if agent_task.cancelled() else agent_task.exception()
+        if error is not None and not isinstance(error, AttemptLostError):
+            self._log.warning("agent_failed_while_stopping", agent=self._agent.name, exc_info=error)
 
     async def _finish_ok(self, outcome: Outcome, voice: StreamVoice, started_at: float) -> Ending:
         cost = outcome.usage
@@ -209,10 +218,6 @@ class Run:
         if usage is not None:
             fields["usage"] = json_bytes(usage._asdict())
         ending = await self._attempt.finish(Kind.OK, marker, Status.SUCCEEDED, fields)
-        if ending is Ending.INCOMPLETE:
-            self._log.error("stream_incomplete")
-            await self._end_from_outside(_LOSS_MARKERS[Loss.REFUSED])
-            return Ending.FENCED
         self._log.info("job_ended", ending=ending.value, status=Status.SUCCEEDED.value, reason=outcome.finish_reason)
         return ending
 
@@ -251,9 +256,3 @@ async def _insist(call: Callable[[], Awaitable[T]]) -> T:
             log.warning("worker_cannot_reach_redis", reason=str(error))
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
-
-
-def _retrieve(task: asyncio.Task[Outcome]) -> None:
-    """Takes note of how an unwanted agent ended; its failure to be cancelled quietly is worth a line."""
-    if not task.cancelled() and (error := task.exception()) and not isinstance(error, AttemptLostError):
-        log.warning("agent_failed_while_stopping", exc_info=error)

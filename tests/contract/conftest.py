@@ -1,0 +1,45 @@
+"""Running services that the tests of a module share, and what must hold after each test."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from tests.deployment import Deployment, deployed
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Deployment]:
+    """The service with its default settings and the scripted agent."""
+    folder = tmp_path_factory.mktemp("service")
+    with deployed(folder, redis_url, f"test-{secrets.token_hex(4)}") as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Deployment]:
+    """The same with deadlines and intervals short enough to wait for."""
+    folder = tmp_path_factory.mktemp("impatient")
+    with deployed(
+        folder,
+        redis_url,
+        f"test-{secrets.token_hex(4)}",
+        idle_timeout_s=1,
+        run_timeout_s=4,
+        ping_interval_s=0.2,
+        heartbeat_interval_s=0.5,
+    ) as deployment:
+        yield deployment
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test: all jobs are terminal, and every key that is left has a time to live."""
+    yield
+    for name in ("service", "impatient"):
+        if name in request.fixturenames:
+            deployment: Deployment = request.getfixturevalue(name)
+            deployment.wait_until_idle()
+            assert deployment.keys_without_ttl() == []

@@ -1,0 +1,87 @@
+"""An agent that does what the last user message says, for tests of the running service.
+
+The message is plain text, which it answers with itself, or a JSON script:
+
+    {"say": ["a", "b"]}                          says the fragments
+    {"say": ["a"], "then": "raise"}              … then raises; also "hang", "die" (kill -9 of its worker)
+    {"say": ["a"], "every_s": 0.1}               waits before each fragment
+    {"say": [], "returns": "text"}               returns text without having said any
+    {"finish_reason": "length"}                  ends with it
+    {"reasoning": ["hm"], "tools": ["search"]}   says these before the text
+    {"tool_calls": [{…}]}                        fragments of a function call for the client
+    {"log": "/path"}                             notes there what happens to the run: started, cancelled, finished
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from worker.agents.contract import Outcome, Turn, Usage, Voice
+from worker.agents.media import divide, text_of
+
+SECRET = "s3cret-of-the-agent"  # in the text of its exception; must reach no client
+
+
+class ScriptedAgent:
+    name = "scripted"
+
+    async def run(self, turn: Turn, voice: Voice) -> Outcome:
+        text = text_of(divide(turn.messages).question)
+        try:
+            script = json.loads(text)
+        except ValueError:
+            script = None
+        if not isinstance(script, dict):
+            script = {"say": [text]}
+        note = _notebook(script.get("log"), turn)
+        note("started")
+        try:
+            await self._perform(script, voice)
+        except asyncio.CancelledError:
+            note("cancelled")
+            raise
+        note("finished")
+        usage = Usage(prompt_tokens=len(turn.messages), completion_tokens=len(script.get("say", [])))
+        return Outcome(finish_reason=script.get("finish_reason", "stop"), usage=usage, text=script.get("returns"))
+
+    async def _perform(self, script: dict[str, Any], voice: Voice) -> None:
+        for fragment in script.get("reasoning", []):
+            await voice.reasoning(fragment)
+        for name in script.get("tools", []):
+            await voice.tool(name, "started", call_id="call_1")
+            await voice.tool(name, "completed", call_id="call_1")
+        for delta in script.get("tool_calls", []):
+            await voice.tool_call(delta)
+        for fragment in script.get("say", []):
+            if every_s := script.get("every_s"):
+                await asyncio.sleep(every_s)
+            await voice.text(fragment)
+        match script.get("then"):
+            case "raise":
+                raise RuntimeError(SECRET)
+            case "hang":
+                await asyncio.Event().wait()
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    async def aclose(self) -> None:
+        """Nothing is held."""
+
+
+def _notebook(path: str | None, turn: Turn) -> Any:
+    """Appends lines to a file, each in one write, so that several workers can share it."""
+
+    def note(what: str) -> None:
+        if path is not None:
+            with Path(path).open("a") as file:
+                file.write(json.dumps({"what": what, "job": turn.job_id, "session": turn.session_key}) + "\n")
+
+    return note
+
+
+agent = ScriptedAgent()
