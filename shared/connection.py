@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import redis
 import structlog
@@ -15,6 +17,9 @@ from shared.settings import Settings
 from shared.text import json_bytes, parse_json
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+FIRST_RETRY_S, LAST_RETRY_S = 0.02, 1.0  # between tries while Redis does not answer
 
 CONNECT_TIMEOUT_S = 3
 # What means that Redis may answer the same command later: it is away, starting, or not (yet) the primary.
@@ -49,6 +54,18 @@ def connect_blocking(settings: Settings) -> redis.Redis:
         socket_timeout=settings.lease_s / 2,
         retry=SyncRetry(ExponentialBackoff(cap=0.5, base=0.05), 2),
     )
+
+
+async def insist(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeats an idempotent call until Redis answers."""
+    retry_s = FIRST_RETRY_S
+    while True:
+        try:
+            return await call()
+        except UNREACHABLE as error:
+            log.warning("redis_unreachable", reason=str(error))
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, LAST_RETRY_S)
 
 
 async def wait_for_redis(client: ArqRedis, *, patience_s: float) -> None:

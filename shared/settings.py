@@ -18,7 +18,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="ENDMARK_", frozen=True, extra="ignore")
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="The Redis or Valkey server that all share.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        pattern=r"^(redis|rediss|unix)://",
+        description="The Redis or Valkey server that all share.",
+    )
     prefix: str = Field(
         "endmark",
         pattern=r"^[A-Za-z0-9_.-]{1,64}$",

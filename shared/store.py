@@ -128,11 +128,27 @@ class JobStore:
         await self.redis.pexpire(self.keys.bell, 60_000)
 
     async def claim(self, worker_id: str, slots: int) -> list[Claim]:
-        """Opens an attempt of up to `slots` jobs. No answer may still mean that jobs were claimed: see the sweep."""
+        """Opens an attempt of up to `slots` jobs.
+
+        If the answer is lost with the connection, jobs may be claimed all the same: `claims_of` finds them.
+        """
         rows = await self._run("claim", self.keys.queue, worker_id, slots, self._run_timeout_ms, self._unfinished_ms)
         return [
             Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
         ]
+
+    async def claims_of(self, worker_id: str) -> list[Claim]:
+        """The attempts that this worker is to execute, as far as Redis knows."""
+        members: set[bytes] = await self.redis.smembers(self.keys.worker_jobs(worker_id))  # type: ignore[misc]  # as above
+        claims: list[Claim] = []
+        for job_id in sorted(member.decode() for member in members):
+            async with self.redis.pipeline(transaction=False) as pipe:
+                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
+                pipe.get(self.keys.request(job_id))
+                (status, worker, attempt, started_ms), request = await pipe.execute()
+            if status == Status.RUNNING.value.encode() and worker == worker_id.encode():
+                claims.append(Claim(job_id, int(attempt), int(started_ms), request))
+        return claims
 
     def finish_args(
         self,

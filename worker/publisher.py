@@ -19,7 +19,7 @@ import structlog
 from redis.exceptions import NoScriptError, ResponseError
 
 from shared import scripts
-from shared.connection import UNREACHABLE
+from shared.connection import FIRST_RETRY_S, LAST_RETRY_S, UNREACHABLE
 from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
@@ -27,7 +27,6 @@ from shared.store import Claim, Ending, JobStore
 log = structlog.get_logger(__name__)
 
 HIGH_WATER_BYTES = 64 * 1024  # an attempt with more than this unsent has to wait before it says more
-FIRST_RETRY_S, LAST_RETRY_S = 0.02, 1.0
 
 
 class Loss(StrEnum):

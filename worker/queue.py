@@ -22,7 +22,7 @@ import structlog
 import uvloop
 from arq.worker import Worker, func
 
-from shared.connection import UNREACHABLE, connect, wait_for_redis
+from shared.connection import LAST_RETRY_S, UNREACHABLE, connect, insist, wait_for_redis
 from shared.entries import ErrorMarker
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
@@ -39,6 +39,7 @@ from worker.run import ABANDON_S, CLEAN_UP_S, Run, Stop
 log = structlog.get_logger(__name__)
 
 BELL_TIMEOUT_S = 1  # how late a job is noticed if the worker that heard the bell dies before it claims
+MAX_DELIVERIES = 1000  # arq counts deliveries; the claim counts attempts, and is the one to give up
 PAUSE_S = 1.0  # how long the worker waits for a free slot or an order to stop before it looks around
 HEALTH_CHECK_INTERVAL_S = 10  # arq's own health record, for `arq --check`
 STOP_TIMEOUT_S = 15.0  # what the jobs get to write their markers after the drain
@@ -70,6 +71,7 @@ class QueueWorker(Worker):
         self.worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
         self.publisher = Publisher(self.store, self.worker_id)
         self.runs: dict[str, Run] = {}
+        self._answer_lost = False  # Redis may have done what it could not tell us
         self._changed = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._drain_task: asyncio.Task[None] | None = None
@@ -84,7 +86,7 @@ class QueueWorker(Worker):
             "poll_delay": 0,  # _poll_iteration waits for the bell instead
             "keep_result": 0,  # the stream is the result
             "retry_jobs": False,  # recovery retries, see the sweep
-            "max_tries": settings.max_attempts + 1,  # the claim counts attempts; arq only must not be stricter
+            "max_tries": MAX_DELIVERIES,
             # The last resort behind our own run timeout.
             "job_timeout": settings.run_timeout_s + CLEAN_UP_S + ABANDON_S + STOP_TIMEOUT_S,
             "ctx": {"runs": self.runs},
@@ -139,14 +141,26 @@ class QueueWorker(Worker):
             if not self.allow_pick_jobs or slots == 0:
                 await self._wait_for_change()
                 return
+            if self._answer_lost:
+                await self._start_forgotten_claims()
+                return
             claims = await self.store.claim(self.worker_id, slots)
             for claim in claims:
                 self._start(claim)
             if len(claims) < slots and not self.burst:
                 await self._wait_for_bell()
         except UNREACHABLE as error:
+            self._answer_lost = True
             log.warning("worker_cannot_reach_redis", worker=self.worker_id, reason=str(error))
             await self._wait_for_change()
+
+    async def _start_forgotten_claims(self) -> None:
+        """Finds what a claim gave to this worker in an answer that never came."""
+        for claim in await self.store.claims_of(self.worker_id):
+            run = self.runs.get(claim.job_id)
+            if run is None or run.claim.attempt != claim.attempt:
+                self._start(claim)
+        self._answer_lost = False
 
     async def _wait_for_bell(self) -> None:
         rang = await self.store.wait_for_bell(BELL_TIMEOUT_S)
@@ -162,16 +176,32 @@ class QueueWorker(Worker):
             pass
 
     def _start(self, claim: Claim) -> None:
-        self.runs[claim.job_id] = Run(claim, self.agent, self.store, self.publisher, self.worker_id)
-        task = self.loop.create_task(self.run_job(claim.job_id, claim.started_ms))
+        run = Run(claim, self.agent, self.store, self.publisher, self.worker_id)
+        earlier = self.tasks.get(claim.job_id)  # this worker's own attempt, if it lost its lease meanwhile
+        self.runs[claim.job_id] = run
+        task = self.loop.create_task(self._deliver(run, earlier))
         task.add_done_callback(lambda _: self._changed.set())
         self.tasks[claim.job_id] = task
+
+    async def _deliver(self, run: Run, earlier: asyncio.Task[Any] | None) -> None:
+        """Lets arq find the job and call its function, which executes the run."""
+        claim = run.claim
+        if earlier is not None:
+            await asyncio.wait({earlier})
+        while not run.begun:
+            try:
+                await self.run_job(claim.job_id, claim.started_ms)
+            except UNREACHABLE as error:
+                log.warning("delivery_failed", job=claim.job_id, attempt=claim.attempt, reason=str(error))
+                await asyncio.sleep(LAST_RETRY_S)
+            else:
+                return
 
     def _forget_finished(self) -> None:
         for job_id, task in list(self.tasks.items()):
             if task.done():
                 del self.tasks[job_id]
-                self.runs.pop(job_id, None)
+                del self.runs[job_id]
                 if not task.cancelled() and (error := task.exception()):
                     log.error("job_task_failed", job=job_id, exc_info=error)
 
@@ -184,8 +214,8 @@ class QueueWorker(Worker):
         """arq gives the job up: expired, unreadable, aborted, tried too often, or of an unknown function."""
         log.error("job_undeliverable", job=job_id)
         error = ErrorMarker(ErrorCode.UNDELIVERABLE, "The request could not be delivered to a worker.")
-        await self.store.end(job_id, Status.FAILED, error)
-        await self.store.release(self.runs[job_id].claim, self.worker_id)
+        await insist(lambda: self.store.end(job_id, Status.FAILED, error))
+        await insist(lambda: self.store.release(self.runs[job_id].claim, self.worker_id))
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 

@@ -8,22 +8,21 @@ Rule 3: an agent that is not wanted any more is cancelled, gets a moment to clea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 
-from shared.connection import UNREACHABLE
+from shared.connection import insist
 from shared.entries import ErrorMarker, Kind, OkMarker, Tally, Usage
 from shared.jobs import ErrorCode, Status
 from shared.store import Claim, Ending, JobStore
 from shared.text import json_bytes, parse_json, text_bytes
 from worker.agents.contract import Agent, AgentError, Outcome, ToolStatus, Turn
-from worker.publisher import FIRST_RETRY_S, LAST_RETRY_S, AttemptLog, AttemptLostError, Loss, Publisher
+from worker.publisher import AttemptLog, AttemptLostError, Loss, Publisher
 
 log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
 CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
 ABANDON_S = 10.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
@@ -100,6 +99,7 @@ class Run:
         self._worker_id = worker_id
         self._settings = store.settings
         self._stop: Stop | None = None
+        self.begun = False  # whether arq has delivered the job
         self._stopped = asyncio.Event()
         self._attempt = publisher.open(claim, self._on_lost)
         self._log = log.bind(job=claim.job_id, attempt=claim.attempt)
@@ -120,6 +120,7 @@ class Run:
 
     async def execute(self) -> None:
         """Returns when the job has its marker and the agent has stopped. Cancelled: the worker is going down now."""
+        self.begun = True
         self._log.info("job_started", agent=self._agent.name)
         voice = StreamVoice(self._attempt)
         started_at = voice.last_said_at
@@ -193,7 +194,7 @@ class Run:
         if not finished_by_itself:
             await self._let_go(agent_task)
         if ending is not Ending.DONE:
-            await _insist(lambda: self._store.release(self.claim, self._worker_id))
+            await insist(lambda: self._store.release(self.claim, self._worker_id))
 
     async def _let_go(self, agent_task: asyncio.Task[Outcome]) -> None:
         """Waits for a cancelled agent a little longer; the slot and the session are its own until then."""
@@ -229,7 +230,7 @@ class Run:
         return ending
 
     async def _end_from_outside(self, error: ErrorMarker) -> None:
-        ending = await _insist(lambda: self._store.end(self.claim.job_id, Status.FAILED, error))
+        ending = await insist(lambda: self._store.end(self.claim.job_id, Status.FAILED, error))
         self._log.info("job_ended", ending=ending.value, status=Status.FAILED.value, code=error.code)
 
     def _timing(self, voice: StreamVoice, started_at: float) -> dict[str, str | bytes | int]:
@@ -244,15 +245,3 @@ class Run:
         self._log.error("agent_failed", agent=self._agent.name, exc_info=error)
         message = error.public_message if isinstance(error, AgentError) else "The agent failed."
         return ErrorMarker(ErrorCode.AGENT_ERROR, message)
-
-
-async def _insist(call: Callable[[], Awaitable[T]]) -> T:
-    """Repeats an idempotent call until Redis answers."""
-    retry_s = FIRST_RETRY_S
-    while True:
-        try:
-            return await call()
-        except UNREACHABLE as error:
-            log.warning("worker_cannot_reach_redis", reason=str(error))
-            await asyncio.sleep(retry_s)
-            retry_s = min(2 * retry_s, LAST_RETRY_S)

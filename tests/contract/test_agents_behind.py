@@ -47,7 +47,7 @@ def model_service(
         settings |= {"OPENAI_BASE_URL": upstream_url, "OPENAI_API_KEY": "none"}
     folder = tmp_path_factory.mktemp("service")
     with deployed(folder, redis_url, f"test-{secrets.token_hex(4)}", **settings) as deployment:
-        assert f'"agent": "{request.param}"' in deployment.workers[0].output
+        deployment.workers[0].wait_for_output(f'"agent": "{request.param}"')
         yield deployment
         deployment.wait_until_idle()
         assert deployment.keys_without_ttl() == []

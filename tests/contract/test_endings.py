@@ -21,7 +21,7 @@ from shared.entries import Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally, e
 from shared.jobs import Status
 from shared.settings import Settings
 from shared.store import Claim, JobStore
-from tests.deployment import Deployment, deployed, noted, script
+from tests.deployment import Deployment, deployed, free_port, noted, script
 from tests.scripted_agent import SECRET
 from tests.waiting import wait_until
 
@@ -287,7 +287,7 @@ def test_a_stopped_api_tells_its_clients(own_service: Start) -> None:
 
 
 def test_redis_gone_in_mid_stream_is_an_error(own_service: Start, tmp_path: Path) -> None:
-    with ValkeyServer(data_dir=tmp_path / "valkey") as server:
+    with ValkeyServer(data_dir=tmp_path / "valkey", port=free_port()) as server:
         service = own_service(redis_url=server.connection_url, redis_patience_s=1)
         with service.client() as client:
             stream = client.chat.completions.create(
