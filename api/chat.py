@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import structlog
+from redis.exceptions import OutOfMemoryError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -70,7 +71,7 @@ async def _submit(services: Services, job: Submission) -> None:
     except StoreQueueFullError as error:
         message = "The session has too many unfinished turns." if error.of_session else "Too many requests are waiting."
         raise QueueFullError(message) from error
-    except UNREACHABLE as error:
+    except (*UNREACHABLE, OutOfMemoryError) as error:
         log.warning("submit_failed", job=job.job_id, reason=str(error))
         raise QueueUnreachableError from error
     log.info("job_accepted", job=job.job_id, session=job.session or None)
@@ -118,8 +119,11 @@ class Answer:
             watch = asyncio.create_task(self._watch_client(receive, tail))
             try:
                 yield tail
-            except (ClientGoneError, asyncio.CancelledError, OSError):
-                await asyncio.shield(self._cancel_job())
+            except asyncio.CancelledError:
+                await asyncio.shield(self._cancel_job("The server was stopped while the client waited."))
+                raise
+            except (ClientGoneError, OSError):
+                await self._cancel_job("The client went away.")
                 raise
             finally:
                 watch.cancel()
@@ -131,15 +135,15 @@ class Answer:
         self._client_gone = True
         tail.interrupt()
 
-    async def _cancel_job(self) -> None:
+    async def _cancel_job(self, why: str) -> None:
         if self.chat.on_disconnect == "continue" or self.ending is not None:
             return
         try:
-            ending = await self._services.store.cancel(self.job.job_id, "The client went away.")
+            ending = await self._services.store.cancel(self.job.job_id, why)
         except UNREACHABLE as error:  # the job's deadline will end it
             log.warning("cancel_failed", job=self.job.job_id, reason=str(error))
         else:
-            log.info("client_gone", job=self.job.job_id, ending=ending.value)
+            log.info("job_cancelled", job=self.job.job_id, why=why, ending=ending.value)
 
     async def whole(self, receive: Receive) -> Response:
         """The answer as one object. Raises JobFailedError for every ending but a verified `ok`."""
@@ -150,6 +154,8 @@ class Answer:
                     entries += await self.entries(tail, self.settings.ping_interval_s)
         except ClientGoneError:
             return Response(status_code=499)  # nobody reads it; access logs know the number
+        except asyncio.CancelledError as stopped:  # the server stops, and has waited long enough
+            raise JobFailedError(INTERRUPTED) from stopped
         if isinstance(self.ending, ErrorMarker):
             raise JobFailedError(self.ending)
         if self.ending is None:

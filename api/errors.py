@@ -110,6 +110,7 @@ _STATUS_OF_CODE = {
     ErrorCode.NO_WORKER: 503,
     ErrorCode.WORKER_STOPPED: 503,
     ErrorCode.STREAM_UNREACHABLE: 503,
+    ErrorCode.STREAM_INTERRUPTED: 503,
     ErrorCode.CANCELLED: 409,
 }
 

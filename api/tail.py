@@ -156,6 +156,8 @@ class Switchboard:
     def __init__(self, store: JobStore) -> None:
         self._store = store
         self._tails: defaultdict[bytes, list[Tail]] = defaultdict(list)
+        self._nobody_follows = asyncio.Event()
+        self._nobody_follows.set()
         self._pubsub: PubSub | None = None  # None while it is not connected
         self._task: asyncio.Task[None] | None = None
 
@@ -165,9 +167,11 @@ class Switchboard:
 
     async def __aexit__(self, *_: object) -> None:
         """Lets readers that were just cancelled say goodbye, then stops listening."""
-        deadline = asyncio.get_running_loop().time() + GOODBYE_S
-        while self._tails and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.01)
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self._nobody_follows.wait()
+        except TimeoutError:
+            log.warning("readers_left_behind", streams=len(self._tails))
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -178,6 +182,7 @@ class Switchboard:
         channel = self._store.keys.stream_channel(job_id).encode()
         tail = Tail(self, job_id, after)
         self._tails[channel].append(tail)
+        self._nobody_follows.clear()
         try:
             if len(self._tails[channel]) == 1:
                 await self._send("subscribe", channel)
@@ -186,6 +191,8 @@ class Switchboard:
             self._tails[channel].remove(tail)
             if not self._tails[channel]:
                 del self._tails[channel]
+                if not self._tails:
+                    self._nobody_follows.set()
                 await self._send("unsubscribe", channel)
 
     @property

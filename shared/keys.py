@@ -23,7 +23,7 @@ _PER_ID = {
 }
 _SHARED = {
     "queue": "%s:queue",  # sorted set, arq's queue: ids of the jobs that may be claimed, by the instant since when
-    "bell": "%s:bell",  # list: at most one token, while the queue may hold a claimable job
+    "bell": "%s:bell",  # list: holds a token while the queue may hold a claimable job
     "deadlines": "%s:deadlines",  # sorted set: ids of all unfinished jobs, by the instant they must have moved on
     "workers": "%s:workers",  # sorted set: ids of the workers, by the instant their lease ends
 }

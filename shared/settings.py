@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     prefix: str = Field(
         "endmark",
         pattern=r"^[A-Za-z0-9_.-]{1,64}$",
-        description="Prefix of every key; deployments with different prefixes share a server.",
+        description="Prefix of our keys; deployments with different prefixes share a server.",
     )
 
     agent: str = Field(
@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     )
 
     max_jobs: int = Field(50, ge=1, le=10_000, description="Jobs that one worker runs at a time.")
-    max_queued: int = Field(10_000, ge=1, description="Jobs that may wait for a worker; more are refused with 429.")
+    max_unfinished: int = Field(10_000, ge=1, description="Jobs that may run or wait; more are refused with 429.")
     max_session_turns: int = Field(
         100, ge=1, description="Turns of one session that may run or wait; more are refused with 429."
     )

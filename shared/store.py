@@ -27,7 +27,7 @@ SWEEP_LIMIT = 100  # jobs that one sweep moves on; the next one goes on where it
 
 
 class QueueFullError(Exception):
-    """As many jobs wait as may wait. `of_session`: it is the session that is full, not the queue."""
+    """As many jobs are unfinished as may be. `of_session`: in the session, not in all."""
 
     def __init__(self, *, of_session: bool) -> None:
         super().__init__("the session has too many unfinished turns" if of_session else "the queue is full")
@@ -41,6 +41,13 @@ class Claim(NamedTuple):
     attempt: int
     started_ms: int  # Redis's clock when the attempt was opened
     request: bytes | None  # what `Submission.request_bytes` made; None if it is gone
+
+
+class Held(NamedTuple):
+    """A job that a worker holds."""
+
+    claim: Claim
+    is_running: bool  # False: it has ended, and only has to be released
 
 
 class Ending(StrEnum):
@@ -107,7 +114,7 @@ class JobStore:
             job.request_bytes(),
             self._queue_timeout_ms,
             self._unfinished_ms,
-            self.settings.max_queued,
+            self.settings.max_unfinished,
             self.settings.max_session_turns,
             *_flatten(job.record_fields()),
         )
@@ -130,25 +137,25 @@ class JobStore:
     async def claim(self, worker_id: str, slots: int) -> list[Claim]:
         """Opens an attempt of up to `slots` jobs.
 
-        If the answer is lost with the connection, jobs may be claimed all the same: `claims_of` finds them.
+        If the answer is lost with the connection, jobs may be claimed all the same: `held_by` finds them.
         """
         rows = await self._run("claim", self.keys.queue, worker_id, slots, self._run_timeout_ms, self._unfinished_ms)
         return [
             Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
         ]
 
-    async def claims_of(self, worker_id: str) -> list[Claim]:
-        """The attempts that this worker is to execute, as far as Redis knows."""
+    async def held_by(self, worker_id: str) -> list[Held]:
+        """What this worker holds, as far as Redis knows: attempts to execute, and ended ones to release."""
         members: set[bytes] = await self.redis.smembers(self.keys.worker_jobs(worker_id))  # type: ignore[misc]  # as above
-        claims: list[Claim] = []
+        held: list[Held] = []
         for job_id in sorted(member.decode() for member in members):
             async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
+                pipe.hmget(self.keys.job(job_id), ["status", "attempt", "started_ms"])
                 pipe.get(self.keys.request(job_id))
-                (status, worker, attempt, started_ms), request = await pipe.execute()
-            if status == Status.RUNNING.value.encode() and worker == worker_id.encode():
-                claims.append(Claim(job_id, int(attempt), int(started_ms), request))
-        return claims
+                (status, attempt, started_ms), request = await pipe.execute()
+            claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request)
+            held.append(Held(claim, is_running=status == Status.RUNNING.value.encode()))
+        return held
 
     def finish_args(
         self,

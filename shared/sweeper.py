@@ -12,15 +12,21 @@ from shared.store import JobStore
 
 log = structlog.get_logger(__name__)
 
-INTERVAL_S = 0.5
+INTERVAL_S = 0.4
 
 
 async def sweep_forever(store: JobStore) -> None:
-    """Runs until it is cancelled; outlives an unreachable Redis."""
+    """Runs until it is cancelled; outlives an unreachable Redis.
+
+    No sweep within one lease of the start or of an outage: first the workers that are alive have to be able to say so.
+    """
+    pause_s = store.settings.lease_s
     while True:
-        await asyncio.sleep(INTERVAL_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads the processes, no secret
+        await asyncio.sleep(pause_s * random.uniform(1, 1.25))  # noqa: S311  # spreads the processes, no secret
         try:
             for job_id, what in await store.sweep():
                 log.warning("job_swept", job=job_id, what=what)
+            pause_s = INTERVAL_S
         except (RedisError, OSError) as error:
             log.warning("sweep_failed", reason=str(error))
+            pause_s = store.settings.lease_s

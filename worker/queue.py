@@ -2,7 +2,7 @@
 
 What stays arq's: its job format and queue, `main` and `run_job`, which look the function up and call it.
 What changes, and why (arq 0.28, docs/decisions/0002-arq.md):
-    start_jobs          replaced by one script that claims many jobs; arq's claim is never renewed and fences nothing
+    _poll_iteration     waits for the bell, then claims many jobs by one script; arq polls, and its claim fences nothing
     finish_job          does nothing; the marker's script has removed arq's keys, and arq's own removal is not fenced
     finish_failed_job   arq gives a job up without calling us; it gets its marker here
     signal handlers     the first one drains, the second one stops now; each job still gets its marker
@@ -39,6 +39,7 @@ from worker.run import ABANDON_S, CLEAN_UP_S, Run, Stop
 log = structlog.get_logger(__name__)
 
 BELL_TIMEOUT_S = 1  # how late a job is noticed if the worker that heard the bell dies before it claims
+RECONCILE_S = 5.0  # how often the worker compares what it runs with what Redis says that it holds
 MAX_DELIVERIES = 1000  # arq counts deliveries; the claim counts attempts, and is the one to give up
 PAUSE_S = 1.0  # how long the worker waits for a free slot or an order to stop before it looks around
 HEALTH_CHECK_INTERVAL_S = 10  # arq's own health record, for `arq --check`
@@ -71,7 +72,7 @@ class QueueWorker(Worker):
         self.worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
         self.publisher = Publisher(self.store, self.worker_id)
         self.runs: dict[str, Run] = {}
-        self._answer_lost = False  # Redis may have done what it could not tell us
+        self._reconcile_at = 0.0  # of the loop's clock
         self._changed = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._drain_task: asyncio.Task[None] | None = None
@@ -141,8 +142,8 @@ class QueueWorker(Worker):
             if not self.allow_pick_jobs or slots == 0:
                 await self._wait_for_change()
                 return
-            if self._answer_lost:
-                await self._start_forgotten_claims()
+            if self.loop.time() >= self._reconcile_at:
+                await self._reconcile()
                 return
             claims = await self.store.claim(self.worker_id, slots)
             for claim in claims:
@@ -150,17 +151,22 @@ class QueueWorker(Worker):
             if len(claims) < slots and not self.burst:
                 await self._wait_for_bell()
         except UNREACHABLE as error:
-            self._answer_lost = True
+            self._reconcile_at = 0
             log.warning("worker_cannot_reach_redis", worker=self.worker_id, reason=str(error))
             await self._wait_for_change()
 
-    async def _start_forgotten_claims(self) -> None:
-        """Finds what a claim gave to this worker in an answer that never came."""
-        for claim in await self.store.claims_of(self.worker_id):
-            run = self.runs.get(claim.job_id)
-            if run is None or run.claim.attempt != claim.attempt:
-                self._start(claim)
-        self._answer_lost = False
+    async def _reconcile(self) -> None:
+        """Looks for what this worker holds and does not know of: the answer to a claim may have been lost."""
+        for held in await self.store.held_by(self.worker_id):
+            known = self.runs.get(held.claim.job_id)
+            if known is not None and known.claim.attempt == held.claim.attempt:
+                continue
+            log.warning("forgotten_job", job=held.claim.job_id, attempt=held.claim.attempt, running=held.is_running)
+            if held.is_running:
+                self._start(held.claim)
+            else:
+                await self.store.release(held.claim, self.worker_id)
+        self._reconcile_at = self.loop.time() + RECONCILE_S
 
     async def _wait_for_bell(self) -> None:
         rang = await self.store.wait_for_bell(BELL_TIMEOUT_S)
@@ -222,6 +228,8 @@ class QueueWorker(Worker):
     def _on_stop_order(self, job_id: str) -> None:
         if job_id in self.runs:
             self.runs[job_id].stop(Stop.ENDED_OUTSIDE)
+        else:
+            self._reconcile_at = 0  # held without knowing; it has to be released
 
     def _on_lease_lost(self) -> None:
         """Others have taken this worker for lost and gone on with its jobs."""

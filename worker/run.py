@@ -77,7 +77,7 @@ class StreamVoice:
     ) -> None:
         event = {"name": name, "status": status, "call_id": call_id, "detail": detail}
         await self._say(Kind.TOOL, json_bytes(event))
-        await self._attempt.flushed()
+        await self._flushed()
 
     async def _say(self, kind: Kind, payload: bytes) -> None:
         self.last_said_at = self._loop.time()
@@ -85,8 +85,12 @@ class StreamVoice:
             self.first_said_at = self.last_said_at
         self._attempt.append(kind, payload)
         if self._attempt.must_wait:
-            await self._attempt.flushed()
-            self.last_said_at = self._loop.time()
+            await self._flushed()
+
+    async def _flushed(self) -> None:
+        """Waits for Redis; that wait is not the agent's silence."""
+        await self._attempt.flushed()
+        self.last_said_at = self._loop.time()
 
 
 class Run:
@@ -191,13 +195,13 @@ class Run:
         loss = Loss.REFUSED if ending is Ending.INCOMPLETE else self._attempt.loss
         if loss in _LOSS_MARKERS:
             await self._end_from_outside(_LOSS_MARKERS[loss])
-        if not finished_by_itself:
+        if self._stop is not None:
             await self._let_go(agent_task)
         if ending is not Ending.DONE:
             await insist(lambda: self._store.release(self.claim, self._worker_id))
 
     async def _let_go(self, agent_task: asyncio.Task[Outcome]) -> None:
-        """Waits for a cancelled agent a little longer; the slot and the session are its own until then."""
+        """Waits for an unwanted agent a little longer; the slot and the session are its own until then."""
         if not agent_task.done():
             self._log.warning("agent_ignores_cancellation", agent=self._agent.name)
             await asyncio.wait({agent_task}, timeout=ABANDON_S)

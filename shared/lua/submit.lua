@@ -1,13 +1,13 @@
 -- Accepts a job, once, in one round trip.
 -- KEYS[1] the job record
 -- ARGV: 1 prefix, 2 job id, 3 session key or '', 4 arq's job payload, 5 the request, 6 queue timeout in ms,
---       7 time to live of an unfinished job in ms, 8 most queued jobs, 9 most turns of a session,
+--       7 time to live of an unfinished job in ms, 8 most unfinished jobs, 9 most turns of a session,
 --       10.. fields and values of the record
 -- Returns 'accepted', or without any change: 'duplicate' | 'queue_full' | 'session_full'.
 
 local id, session, ttl_ms = ARGV[2], ARGV[3], ARGV[7]
 if redis.call('EXISTS', KEYS[1]) == 1 then return 'duplicate' end
-if redis.call('ZCARD', queue) >= tonumber(ARGV[8]) then return 'queue_full' end
+if redis.call('ZCARD', deadlines) >= tonumber(ARGV[8]) then return 'queue_full' end
 if session ~= '' and redis.call('LLEN', session_key(session)) >= tonumber(ARGV[9]) then return 'session_full' end
 
 local now = now_ms()

@@ -186,7 +186,7 @@ def test_an_unreachable_queue_is_a_503_that_says_when_to_try_again(tmp_path: Pat
 
 
 def test_a_full_queue_is_a_429(tmp_path: Path, redis_url: str, prefix: str) -> None:
-    with deployed(tmp_path, redis_url, prefix, workers=0, max_queued=1, queue_timeout_s=2) as service:
+    with deployed(tmp_path, redis_url, prefix, workers=0, max_unfinished=1, queue_timeout_s=2) as service:
         with (
             service.http() as http,
             http.stream("POST", "/v1/chat/completions", json={"messages": HELLO, "stream": True}),

@@ -24,7 +24,7 @@ from worker.agents.contract import Agent
 from worker.agents.echo import EchoAgent
 from worker.agents.process_direct import ProcessDirectAgent
 
-INSTALL_NANOBOT = "install it with: pip install 'endmark[nanobot]'"
+INSTALL_NANOBOT = "install it with: uv sync --extra nanobot"
 
 
 class AgentLoadError(Exception):
