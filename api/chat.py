@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import structlog
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import ResponseError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,7 +20,7 @@ from api.errors import JobFailedError, NotFoundError, QueueFullError, QueueUnrea
 from api.relay import INCOMPLETE, Relay
 from api.services import Services, services_of
 from api.tail import StreamExpiredError, StreamUnreachableError, Tail, TailError
-from shared.connection import UNREACHABLE
+from shared.connection import FAILURES, FIRST_RETRY_S, passes
 from shared.entries import Entry, ErrorMarker, OkMarker
 from shared.jobs import ErrorCode, Submission, new_job_id
 from shared.store import QueueFullError as StoreQueueFullError
@@ -28,6 +28,8 @@ from shared.text import json_bytes
 
 log = structlog.get_logger(__name__)
 
+SUBMIT_PATIENCE_S = 3.0  # how long a submission without an answer is repeated
+STALL_S = 60.0  # how long a client may take nothing of its stream before it counts as gone
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -65,20 +67,42 @@ async def create_completion(request: Request) -> Response:
 
 
 async def _submit(services: Services, job: Submission) -> None:
-    """Raises QueueFullError or QueueUnreachableError; nothing was queued then."""
+    """Raises InvalidRequestError, QueueFullError or QueueUnreachableError."""
     try:
-        await services.store.submit(job)
+        await _submit_once(services, job)
     except StoreQueueFullError as error:
         message = "The session has too many unfinished turns." if error.of_session else "Too many requests are waiting."
         raise QueueFullError(message) from error
-    except (*UNREACHABLE, OutOfMemoryError) as error:
+    except FAILURES as error:
+        if not passes(error):
+            raise
         log.warning("submit_failed", job=job.job_id, reason=str(error))
-        raise QueueUnreachableError from error
+        raise QueueUnreachableError(may_have_started=not _was_never_sent(error)) from error
     log.info("job_accepted", job=job.job_id, session=job.session or None)
 
 
+async def _submit_once(services: Services, job: Submission) -> None:
+    """A submission whose answer is lost is sent again under its id, so that it is accepted once."""
+    deadline = asyncio.get_running_loop().time() + SUBMIT_PATIENCE_S
+    while True:
+        try:
+            await services.store.submit(job)
+        except FAILURES as error:
+            if not passes(error) or _was_never_sent(error) or asyncio.get_running_loop().time() > deadline:
+                raise
+            log.warning("submit_repeated", job=job.job_id, reason=str(error))
+            await asyncio.sleep(FIRST_RETRY_S)
+        else:
+            return
+
+
+def _was_never_sent(error: BaseException) -> bool:
+    """Whether Redis cannot have got the command: nobody listened, or it says that it is full or not the primary."""
+    return isinstance(error.__context__, ConnectionRefusedError) or isinstance(error, ResponseError)
+
+
 class ClientGoneError(Exception):
-    """The client closed its connection before the answer had ended."""
+    """The client closed its connection, or stopped reading, before the answer had ended."""
 
 
 class Answer:
@@ -140,7 +164,7 @@ class Answer:
             return
         try:
             ending = await self._services.store.cancel(self.job.job_id, why)
-        except UNREACHABLE as error:  # the job's deadline will end it
+        except FAILURES as error:  # the job's deadline will end it
             log.warning("cancel_failed", job=self.job.job_id, reason=str(error))
         else:
             log.info("job_cancelled", job=self.job.job_id, why=why, ending=ending.value)
@@ -220,7 +244,11 @@ class StreamedAnswer(Response):
                 frames = PING
             if frames:
                 ping_at = now() + settings.ping_interval_s
-                await send({"type": "http.response.body", "body": frames, "more_body": True})
+                try:
+                    async with asyncio.timeout(STALL_S):
+                        await send({"type": "http.response.body", "body": frames, "more_body": True})
+                except TimeoutError as stalled:
+                    raise ClientGoneError from stalled
 
 
 def _explain(error: TailError) -> ErrorMarker:

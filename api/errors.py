@@ -3,6 +3,7 @@
     ApiError
     ├── InvalidRequestError      400   the request is at fault; `param` names where
     ├── AuthenticationError      401
+    ├── ForbiddenError           403   a web page, or another machine, without a key
     ├── NotFoundError            404
     ├── PayloadTooLargeError     413
     ├── QueueFullError           429   retried by the SDKs
@@ -97,11 +98,17 @@ class QueueUnreachableError(ApiError):
     status = 503
     code = "queue_unreachable"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "The queue cannot be reached. Nothing was started; try again.",
-            headers={"retry-after": str(RETRY_AFTER_S)},
-        )
+    def __init__(self, *, may_have_started: bool) -> None:
+        headers = {"retry-after": str(RETRY_AFTER_S)}
+        if may_have_started:  # the SDKs are not to run the agent twice by themselves
+            headers["x-should-retry"] = "false"
+        super().__init__("The queue cannot be reached. Try again.", headers=headers)
+
+
+class ForbiddenError(ApiError):
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
 
 
 _STATUS_OF_CODE = {

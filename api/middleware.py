@@ -9,12 +9,13 @@ import asyncio
 import hmac
 import re
 import uuid
+from urllib.parse import urlsplit
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import ApiError, AuthenticationError, PayloadTooLargeError
+from api.errors import ApiError, AuthenticationError, ForbiddenError, PayloadTooLargeError
 from shared.settings import Settings, is_loopback
 
 log = structlog.get_logger(__name__)
@@ -99,33 +100,50 @@ class UploadRefusal:
 
 
 class AuthMiddleware:
-    """Asks for a bearer key. Without configured keys, only this machine is served."""
+    """Asks for a bearer key. Without configured keys only programs of this machine are served: no others, no web pages.
+
+    A web page of anywhere may send requests to a loopback address, and may read the answers if it makes its own host
+    name point there; it cannot choose `Host` and `Origin`.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self._keys = settings.secret_keys
+        self._origins = frozenset(settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             if self._keys:
                 self._check_key(Headers(scope=scope).get("authorization"))
-            elif scope.get("server") and not _is_local(scope["server"][0]):
-                raise AuthenticationError(
-                    "This address is reachable from other machines, and no keys are configured: set ENDMARK_API_KEYS."
-                )
+            else:
+                self._check_locality(scope)
         await self.app(scope, receive, send)
 
     def _check_key(self, authorization: str | None) -> None:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise AuthenticationError("Missing API key. Send it as `Authorization: Bearer <key>`.")
-        given = key.strip().encode("utf-8", "surrogateescape")
+        given = key.strip().encode("latin-1")  # the bytes that were sent: ASGI servers decode headers so
         # Every key is compared, in constant time, so that neither the match nor its place can be timed.
         matches = [hmac.compare_digest(given, known) for known in self._keys]
         if not any(matches):
             raise AuthenticationError("Incorrect API key.")
 
+    def _check_locality(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        address = (scope.get("server") or [""])[0]
+        origin = headers.get("origin")
+        by_socket_file = not address or address.startswith("/")
+        is_local = by_socket_file or (is_loopback(address) and _is_loopback_url(f"//{headers.get('host', '')}"))
+        if not is_local:
+            raise ForbiddenError("Without ENDMARK_API_KEYS only this machine is served, by a loopback address.")
+        if origin is not None and not _is_loopback_url(origin) and not self._origins & {origin, "*"}:
+            raise ForbiddenError("Without ENDMARK_API_KEYS web pages are served only from ENDMARK_CORS_ORIGINS.")
 
-def _is_local(host: str) -> bool:
-    """Whether a request came in on a loopback address or a unix socket."""
-    return host.startswith("/") or is_loopback(host)
+
+def _is_loopback_url(url: str) -> bool:
+    """Whether a URL's host is a loopback address or `localhost`. A URL that cannot be read is not."""
+    try:
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:
+        return False

@@ -36,7 +36,7 @@ class Relay:
             elif entry.is_marker:
                 self.ending = self._judge(entry)
             else:
-                self._tally.add(entry.payload)
+                self._tally.add(entry.kind, entry.payload)
                 passed_on.append(entry)
         return passed_on
 

@@ -17,28 +17,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Literal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 from redis.asyncio.client import PubSub
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
-from shared.connection import UNREACHABLE
+from shared.connection import FAILURES, passes
 from shared.entries import BEGINNING, Entry, EntryId, UnreadableEntryError, entry_from_message
 from shared.jobs import Status
+from shared.listening import responses, subscribe, unsubscribe
 from shared.store import JobStore, StreamRead
 
 log = structlog.get_logger(__name__)
 
-PAGE_ENTRIES = 500  # how many entries one read returns at most
+PAGE_ENTRIES = 100  # how many entries one read returns at most
 QUIET_S = 15.0  # how long a silent stream is trusted to be silent
 DEAF_S = 0.25  # the same while pub/sub is not connected
 RECONNECT_S = 0.1
 GOODBYE_S = 2.0  # how long a stopping process waits for its last readers
-PROBE_S = 10.0  # how long the pub/sub connection may be silent before it is probed
+HEARD_BYTES = 1024 * 1024  # what a slow reader may have waiting in memory; the rest waits in Redis
 
 _TERMINAL = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
@@ -67,23 +65,32 @@ class Tail:
         self.cursor = cursor
         self._switchboard = switchboard
         self._heard: list[Entry] = []
+        self._heard_bytes = 0
         self._must_read = True
-        self._interrupted = False
+        self._trusted_at = 0.0  # of the loop's clock: when something was last heard or read
+        self._interrupted = asyncio.Event()
         self._woken = asyncio.Event()
 
     def hear(self, entry: Entry) -> None:
         """Pub/sub has brought an entry."""
-        self._heard.append(entry)
+        if self._must_read:
+            pass  # the stream tells it too
+        elif self._heard_bytes > HEARD_BYTES:
+            self.doubt()
+        else:
+            self._heard.append(entry)
+            self._heard_bytes += len(entry.payload)
         self._woken.set()
 
     def interrupt(self) -> None:
         """Makes `next` return nothing from now on, at once."""
-        self._interrupted = True
+        self._interrupted.set()
         self._woken.set()
 
     def doubt(self) -> None:
-        """Pub/sub may have missed something."""
+        """Pub/sub may have missed something, or brings more than is read."""
         self._must_read = True
+        self._forget_heard()
         self._woken.set()
 
     async def next(self, timeout_s: float) -> list[Entry]:
@@ -93,30 +100,34 @@ class Tail:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
-        while not self._interrupted:
+        while not self._interrupted.is_set():
             entries = await self._read() if self._must_read else self._take_heard()
             if entries:
                 self.cursor = entries[-1].id
+                self._trusted_at = loop.time()
                 return entries
             if self._must_read:  # what was heard does not follow the cursor
                 continue
-            remaining_s = deadline - loop.time()
-            if remaining_s <= 0:
+            now = loop.time()
+            if now >= deadline:
                 break
-            await self._wait(remaining_s)
+            await self._wait(now, deadline)
         return []
 
-    async def _wait(self, remaining_s: float) -> None:
+    async def _wait(self, now: float, deadline: float) -> None:
         """Until something is heard; after a quiet while the stream has to be read."""
         self._woken.clear()
-        if self._heard or self._must_read or self._interrupted:
+        if self._heard or self._must_read or self._interrupted.is_set():
             return
-        quiet_s = self._switchboard.quiet_s
+        quiet_until = self._trusted_at + self._switchboard.quiet_s
+        if quiet_until <= now:
+            self._must_read = True
+            return
         try:
-            async with asyncio.timeout(min(quiet_s, remaining_s)):
+            async with asyncio.timeout(min(quiet_until, deadline) - now):
                 await self._woken.wait()
         except TimeoutError:
-            self._must_read = quiet_s <= remaining_s
+            pass  # `next` looks at the clock again
 
     def _take_heard(self) -> list[Entry]:
         """What was heard, as far as it follows the cursor. Asks for a read where it does not."""
@@ -129,21 +140,30 @@ class Tail:
             elif entry.id > cursor:
                 self._must_read = True
                 break
-        self._heard.clear()
+        self._forget_heard()
         return entries
 
+    def _forget_heard(self) -> None:
+        self._heard.clear()
+        self._heard_bytes = 0
+
     async def _read(self) -> list[Entry]:
+        """What the stream holds behind the cursor. What is heard meanwhile is kept, and compared with it later."""
         self._must_read = False
-        job_id = self.job_id
-        read = await self._switchboard.read(job_id, self.cursor)
-        if read.exists is False and (read.status is None or read.status is not Status.QUEUED):
-            raise StreamExpiredError(job_id)
+        self._forget_heard()
+        read = await self._switchboard.read(self.job_id, self.cursor, self._interrupted)
+        if read is None:
+            return []
+        self._trusted_at = asyncio.get_running_loop().time()
+        gone = read.status is None if read.exists else read.status is not Status.QUEUED
+        if gone and not read.entries:
+            raise StreamExpiredError(self.job_id)
         if not read.entries and read.status in _TERMINAL:
-            raise StreamGapError(f"{job_id} has ended, but its stream has no marker after {self.cursor}")
+            raise StreamGapError(f"{self.job_id} has ended, but its stream has no marker after {self.cursor}")
         cursor = self.cursor
         for entry in read.entries:
             if not cursor.is_followed_by(entry.id):
-                raise StreamGapError(f"{job_id} has {entry.id} after {cursor}")
+                raise StreamGapError(f"{self.job_id} has {entry.id} after {cursor}")
             cursor = entry.id
         if len(read.entries) == PAGE_ENTRIES:
             self._must_read = True
@@ -185,7 +205,7 @@ class Switchboard:
         self._nobody_follows.clear()
         try:
             if len(self._tails[channel]) == 1:
-                await self._send("subscribe", channel)
+                await self._tell_redis(subscribe, channel)
             yield tail
         finally:
             self._tails[channel].remove(tail)
@@ -193,71 +213,73 @@ class Switchboard:
                 del self._tails[channel]
                 if not self._tails:
                     self._nobody_follows.set()
-                await self._send("unsubscribe", channel)
+                await self._tell_redis(unsubscribe, channel)
+
+    async def _tell_redis(self, command: Callable[[PubSub, bytes], Awaitable[None]], channel: bytes) -> None:
+        """While the connection is down nothing is sent: it subscribes to everything when it is back."""
+        if self._pubsub is None:
+            return
+        try:
+            await command(self._pubsub, channel)
+        except FAILURES as error:  # the listener finds out for itself, and connects again
+            log.debug("pubsub_command_failed", reason=str(error))
 
     @property
     def quiet_s(self) -> float:
         """How long a tail may trust that nothing has happened."""
         return QUIET_S if self._pubsub is not None else DEAF_S
 
-    async def read(self, job_id: str, cursor: EntryId) -> StreamRead:
-        """Reads a stream, trying again while Redis does not answer. Raises TailError."""
+    async def read(self, job_id: str, cursor: EntryId, interrupted: asyncio.Event) -> StreamRead | None:
+        """Reads a stream, trying again while Redis does not answer; None if interrupted. Raises TailError."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._store.settings.redis_patience_s
-        while True:
+        while not interrupted.is_set():
             try:
                 return await self._store.read_after(job_id, cursor, PAGE_ENTRIES)
             except UnreadableEntryError as error:
                 raise StreamGapError(str(error)) from error
-            except UNREACHABLE as error:
+            except FAILURES as error:
+                if not passes(error):
+                    raise StreamGapError(f"the stream of {job_id} cannot be read: {error}") from error
                 if loop.time() > deadline:
                     raise StreamUnreachableError(job_id) from error
-                await asyncio.sleep(DEAF_S)
-
-    async def _send(self, command: Literal["subscribe", "unsubscribe"], channel: bytes) -> None:
-        """While the connection is down nothing is sent: it subscribes to everything when it is back."""
-        if self._pubsub is None:
-            return
-        try:
-            await getattr(self._pubsub, command)(channel)
-        except (RedisError, OSError):  # the listener finds out for itself, and connects again
-            log.debug("pubsub_command_failed", command=command)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DEAF_S):
+                    await interrupted.wait()
+        return None
 
     async def _listen_forever(self) -> None:
         while True:
             try:
                 async with self._store.redis.pubsub() as pubsub:
-                    # The lobby is a channel on which nothing is ever said: a connection needs one to listen to.
-                    await pubsub.subscribe(f"{self._store.keys.prefix}:lobby", *self._tails)
-                    self._pubsub = pubsub
                     await self._listen(pubsub)
-            except (RedisError, OSError) as error:
+            except FAILURES as error:
                 log.warning("pubsub_connection_lost", reason=str(error), streams=len(self._tails))
-            finally:
-                self._pubsub = None
-            for tails in self._tails.values():
-                for tail in tails:
-                    tail.doubt()
+            self._doubt_all()
             await asyncio.sleep(RECONNECT_S)
 
     async def _listen(self, pubsub: PubSub) -> None:
-        """Hands every message to its tails. redis-py's own message objects cost more than the rest of the way."""
-        probed = False
-        while True:
-            message = await pubsub.parse_response(block=False, timeout=PROBE_S)
-            if message is None:
-                if probed:
-                    raise RedisConnectionError("the pub/sub connection does not answer")
-                await pubsub.ping()
-                probed = True
-                continue
-            probed = False
-            match message:
-                case [b"message", channel, payload]:
-                    self._deliver(channel, payload)
-                case [b"subscribe", channel, _]:
-                    for tail in self._tails.get(channel, ()):
-                        tail.doubt()
+        """Hands every message to its tails, until the connection is lost."""
+        # The lobby is a channel on which nothing is ever said: it opens the connection before anybody follows.
+        await subscribe(pubsub, f"{self._store.keys.prefix}:lobby")
+        try:
+            self._pubsub = pubsub  # from here on, whoever begins to follow subscribes for himself
+            if self._tails:
+                await subscribe(pubsub, *self._tails)
+            async for response in responses(pubsub):
+                match response:
+                    case [b"message", channel, payload]:
+                        self._deliver(channel, payload)
+                    case [b"subscribe", channel, _]:
+                        for tail in self._tails.get(channel, ()):
+                            tail.doubt()
+        finally:
+            self._pubsub = None
+
+    def _doubt_all(self) -> None:
+        for tails in self._tails.values():
+            for tail in tails:
+                tail.doubt()
 
     def _deliver(self, channel: bytes, payload: bytes) -> None:
         tails = self._tails.get(channel, ())

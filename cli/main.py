@@ -78,7 +78,7 @@ def api(host: str | None, port: int | None, redis_url: str | None) -> None:
 @_redis_url
 def worker(redis_url: str | None) -> None:
     """Run one worker process: it runs the agent, several jobs at a time."""
-    from shared.connection import UNREACHABLE
+    from shared.connection import FAILURES
     from worker.agents.load import AgentLoadError
     from worker.main import run
 
@@ -88,7 +88,7 @@ def worker(redis_url: str | None) -> None:
         run()
     except AgentLoadError as error:
         raise UnusableAgent(str(error)) from error
-    except UNREACHABLE as error:
+    except FAILURES as error:
         raise RedisUnreachable(settings.redis_url, error) from error
 
 

@@ -22,11 +22,30 @@ T = TypeVar("T")
 FIRST_RETRY_S, LAST_RETRY_S = 0.02, 1.0  # between tries while Redis does not answer
 
 CONNECT_TIMEOUT_S = 3
-# What means that Redis may answer the same command later: it is away, starting, or not (yet) the primary.
-# redis-py's BusyLoadingError is a ConnectionError.
-UNREACHABLE = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError, OSError)
+# Every way in which a command can fail. `passes` tells whether it is worth sending again.
+FAILURES = (redis_errors.RedisError, OSError)
+_PASSING_REPLIES = (
+    "BUSY",
+    "CLUSTERDOWN",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "OOM",
+    "READONLY",
+    "UNBLOCKED",
+)
 
 COMMAND_TIMEOUT_S = 10  # longer than any command that we send; BLPOP's own wait is 1 s
+
+
+def passes(error: BaseException) -> bool:
+    """Whether Redis may answer the same command later: it is away, starting, full, busy, or not (yet) the primary."""
+    if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)):
+        return True
+    if isinstance(error, (redis_errors.OutOfMemoryError, redis_errors.ReadOnlyError)):
+        return True  # redis-py takes the first word off these two
+    return isinstance(error, redis_errors.ResponseError) and str(error).startswith(_PASSING_REPLIES)
 
 
 def connect(settings: Settings) -> ArqRedis:
@@ -57,25 +76,27 @@ def connect_blocking(settings: Settings) -> redis.Redis:
 
 
 async def insist(call: Callable[[], Awaitable[T]]) -> T:
-    """Repeats an idempotent call until Redis answers."""
+    """Repeats an idempotent call until Redis answers. Raises what will not pass."""
     retry_s = FIRST_RETRY_S
     while True:
         try:
             return await call()
-        except UNREACHABLE as error:
+        except FAILURES as error:
+            if not passes(error):
+                raise
             log.warning("redis_unreachable", reason=str(error))
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
 
 async def wait_for_redis(client: ArqRedis, *, patience_s: float) -> None:
-    """Returns once Redis answers. Raises one of UNREACHABLE after `patience_s`."""
+    """Returns once Redis answers. Raises one of FAILURES after `patience_s`."""
     deadline = asyncio.get_running_loop().time() + patience_s
     while True:
         try:
             await client.ping()
-        except UNREACHABLE as error:
-            if asyncio.get_running_loop().time() > deadline:
+        except FAILURES as error:
+            if not passes(error) or asyncio.get_running_loop().time() > deadline:
                 raise
             log.warning("redis_unreachable", reason=str(error))
             await asyncio.sleep(min(1.0, patience_s / 10))

@@ -3,7 +3,7 @@
 Rule 1: an entry's id is `attempt-sequence`. Sequence 0 opens the attempt; the next entries count 1, 2, 3, … gap-free.
 Rule 2: an attempt is opened only while nothing of an earlier one has been shown, or to end the job.
 Rule 3: the marker, `ok` or `error`, is the last entry. A job has exactly one.
-Rule 4: `ok` carries the tally of its attempt: how many entries precede it, and a digest of their payloads.
+Rule 4: `ok` carries the tally of its attempt: how many entries precede it, and a digest of them.
 
 docs/protocol.md is the specification.
 """
@@ -103,7 +103,7 @@ def entry_from_message(message: bytes) -> Entry:
 
 
 class Tally:
-    """Counts the entries of one attempt after its opening and digests their payloads; both ends keep one."""
+    """Counts the entries of one attempt after its opening and digests them; both ends keep one."""
 
     __slots__ = ("_hash", "count")
 
@@ -111,9 +111,10 @@ class Tally:
         self.count = 0
         self._hash = blake2b(digest_size=16)
 
-    def add(self, payload: bytes) -> None:
+    def add(self, kind: Kind, payload: bytes) -> None:
+        """Takes the next entry: its kind, the length of its payload and the payload."""
         self.count += 1
-        self._hash.update(payload)
+        self._hash.update(b"%b %d " % (kind.encode(), len(payload)) + payload)
 
     @property
     def digest(self) -> str:

@@ -56,6 +56,9 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="The largest request body; more is a 413.")
     max_file_bytes: int = Field(10 * 1024 * 1024, ge=1, description="The largest file in a request; more is a 413.")
+    max_answer_bytes: int = Field(
+        64 * 1024 * 1024, ge=1024, description="The most that an agent may say in one job; more fails it."
+    )
     default_session: str = Field(
         "default",
         pattern=r"^[^\x00-\x1f\x7f]{0,256}$",

@@ -1,7 +1,7 @@
 """Everything that a job does in Redis: one method for each step of the protocol, one round trip each.
 
 Errors:
-    redis.exceptions.RedisError   Redis did not answer or refused; nothing is known to have changed
+    shared.connection.FAILURES    Redis refused, or did not answer: then it may have done it all the same
     QueueFullError                the queue, or the session, holds as many jobs as it may
 """
 
@@ -23,7 +23,7 @@ from shared.keys import Keys
 from shared.settings import Settings
 from shared.text import json_bytes
 
-SWEEP_LIMIT = 100  # jobs that one sweep moves on; the next one goes on where it stopped
+SWEEP_LIMIT = 100  # passed deadlines that one sweep looks at; the next one goes on where it stopped
 
 
 class QueueFullError(Exception):
@@ -150,9 +150,11 @@ class JobStore:
         held: list[Held] = []
         for job_id in sorted(member.decode() for member in members):
             async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self.keys.job(job_id), ["status", "attempt", "started_ms"])
+                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
                 pipe.get(self.keys.request(job_id))
-                (status, attempt, started_ms), request = await pipe.execute()
+                (status, worker, attempt, started_ms), request = await pipe.execute()
+            if worker is not None and worker != worker_id.encode():
+                continue
             claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request)
             held.append(Held(claim, is_running=status == Status.RUNNING.value.encode()))
         return held
@@ -164,8 +166,13 @@ class JobStore:
         marker: Entry,
         status: Status,
         fields: Mapping[str, str | bytes | int],
+        *,
+        agent_stopped: bool,
     ) -> tuple[list[str], list[str | bytes | int]]:
-        """Keys and arguments of the `finish` script, for a pipeline that sends it behind the last entries."""
+        """Keys and arguments of the `finish` script, for a pipeline that sends it behind the last entries.
+
+        An agent that has not stopped keeps slot and session until `release`.
+        """
         return [self.keys.job(claim.job_id)], [
             self.keys.prefix,
             claim.job_id,
@@ -176,14 +183,23 @@ class JobStore:
             marker.payload,
             status.value,
             self._retention_ms,
+            "1" if agent_stopped else "0",
             "entries",
             marker.id.sequence - 1,
             *_flatten(fields),
         ]
 
     async def release(self, claim: Claim, worker_id: str) -> None:
-        """Tells that a job which was ended from outside executes no longer. Idempotent."""
-        await self._run("release", self.keys.job(claim.job_id), claim.job_id, worker_id, claim.attempt)
+        """Tells that an attempt executes no longer. A job that has no marker yet gets one. Idempotent."""
+        await self._run(
+            "release",
+            self.keys.job(claim.job_id),
+            claim.job_id,
+            worker_id,
+            claim.attempt,
+            _WORKER_LOST.payload(),
+            self._retention_ms,
+        )
 
     def beat_args(self, worker_id: str, fields: Mapping[str, str | int]) -> tuple[list[str], list[str | bytes | int]]:
         """Keys and arguments of the `beat` script, which runs on the heartbeat's own connection."""
@@ -251,8 +267,11 @@ class JobStore:
         return int(await self.redis.zcount(self.keys.workers, f"({seconds * 1000 + microseconds // 1000}", "+inf"))
 
 
+_WORKER_LOST = ErrorMarker(
+    ErrorCode.WORKER_LOST, "The worker that ran this request was lost before the answer was complete."
+)
 _SWEEP_MARKERS = (
-    ErrorMarker(ErrorCode.WORKER_LOST, "The worker that ran this request was lost before the answer was complete."),
+    _WORKER_LOST,
     ErrorMarker(ErrorCode.TIMEOUT, "The agent did not finish in time."),
     ErrorMarker(ErrorCode.QUEUE_TIMEOUT, "The request waited too long for its turn."),
     ErrorMarker(ErrorCode.NO_WORKER, "No worker is running that could answer the request."),

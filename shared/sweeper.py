@@ -6,8 +6,8 @@ import asyncio
 import random
 
 import structlog
-from redis.exceptions import RedisError
 
+from shared.connection import FAILURES
 from shared.store import JobStore
 
 log = structlog.get_logger(__name__)
@@ -27,6 +27,6 @@ async def sweep_forever(store: JobStore) -> None:
             for job_id, what in await store.sweep():
                 log.warning("job_swept", job=job_id, what=what)
             pause_s = INTERVAL_S
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             log.warning("sweep_failed", reason=str(error))
             pause_s = store.settings.lease_s

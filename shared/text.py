@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import orjson
 
+MAX_DEPTH = 200  # of JSON that we accept; orjson writes up to 254 levels
+
 
 def text_bytes(text: str) -> bytes:
     """UTF-8, with lone surrogates encoded as if they were characters. The inverse of `bytes_text`."""
@@ -37,14 +39,32 @@ def json_bytes(value: Any) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON document. Raises ValueError on anything else, NaN and nesting too deep to read included."""
+    """The value of a JSON document. Raises ValueError on anything else, NaN and nesting beyond MAX_DEPTH included."""
     try:
-        return orjson.loads(data)
+        value = orjson.loads(data)
     except orjson.JSONDecodeError:
         try:  # orjson refuses lone surrogates, the standard library reads them
-            return json.loads(data, parse_constant=_refuse_constant)
+            value = json.loads(data, parse_constant=_refuse_constant)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
+    _refuse_depth(value)
+    return value
+
+
+def _refuse_depth(value: Any) -> None:
+    """What is read has to be written again, and writers give up earlier than readers."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, (dict, list))
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deeply")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -11,7 +11,7 @@ from worker.queue import QueueWorker
 def run() -> None:
     """Runs a worker until it is told to stop: SIGTERM or SIGINT drains it, a second one stops it now.
 
-    Raises AgentLoadError if the agent cannot be built, and one of shared.connection.UNREACHABLE if Redis does not
+    Raises AgentLoadError if the agent cannot be built, and one of shared.connection.FAILURES if Redis does not
     answer at the start.
     """
     settings = Settings()

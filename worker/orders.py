@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import structlog
-from redis.exceptions import RedisError
 
+from shared.connection import FAILURES
+from shared.listening import responses, subscribe
 from shared.store import JobStore
 
 log = structlog.get_logger(__name__)
 
-QUIET_S = 5.0  # how long nothing is heard before the connection is tried
 RETRY_S = 0.2
 
 
@@ -30,17 +30,16 @@ async def follow_orders(
     """
     while True:
         try:
-            async with store.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-                await pubsub.subscribe(store.keys.worker_channel(worker_id))
-                await on_connected()
-                while True:
-                    message = await pubsub.get_message(timeout=QUIET_S)
-                    if message is None:
-                        await pubsub.ping()
-                        continue
-                    order, _, job_id = message["data"].decode().partition(" ")
-                    if order == "stop":
-                        on_stop(job_id)
-        except (RedisError, OSError) as error:
+            async with store.redis.pubsub() as pubsub:
+                await subscribe(pubsub, store.keys.worker_channel(worker_id))
+                async for response in responses(pubsub):
+                    match response:
+                        case [b"subscribe", *_]:
+                            await on_connected()
+                        case [b"message", _, payload]:
+                            order, _, job_id = payload.decode().partition(" ")
+                            if order == "stop":
+                                on_stop(job_id)
+        except FAILURES as error:
             log.warning("orders_connection_lost", worker=worker_id, reason=str(error))
             await asyncio.sleep(RETRY_S)

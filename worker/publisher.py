@@ -4,7 +4,7 @@ Rule 1: one flush is on its way at a time. What is said meanwhile goes out in th
 Rule 2: an entry's id is its idempotency key. After a broken connection the publisher asks what has landed and sends
         the rest, so a retried append is never a second entry.
 Rule 3: the marker travels behind the last entries, in one flush; an `ok` on an incomplete stream is refused.
-Rule 4: an attempt whose entry Redis refuses is lost: somebody else has gone on with the job. It says no more.
+Rule 4: an attempt that finds a later one open, or the job ended, is lost: somebody else has gone on. It says no more.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 import structlog
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError
 
 from shared import scripts
-from shared.connection import FIRST_RETRY_S, LAST_RETRY_S, UNREACHABLE
+from shared.connection import FAILURES, FIRST_RETRY_S, LAST_RETRY_S, passes
 from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
@@ -52,6 +52,7 @@ class _Finish(NamedTuple):
     marker: Entry
     status: Status
     fields: Mapping[str, str | bytes | int]
+    agent_stopped: bool
     ending: asyncio.Future[Ending]
 
 
@@ -97,11 +98,18 @@ class AttemptLog:
             raise AttemptLostError(self.loss)
 
     async def finish(
-        self, kind: Kind, payload: Callable[[Tally], bytes], status: Status, fields: Mapping[str, str | bytes | int]
+        self,
+        kind: Kind,
+        payload: Callable[[Tally], bytes],
+        status: Status,
+        fields: Mapping[str, str | bytes | int],
+        *,
+        agent_stopped: bool = True,
     ) -> Ending:
         """Appends the marker behind everything said, and ends the job. `payload` gets the tally of all entries.
 
-        The answer is never TERMINAL. Waits for Redis as long as it takes.
+        Slot and session are released with it, unless the agent has not stopped. The answer is never TERMINAL. Waits for
+        Redis as long as it takes.
         """
         self._finished = True
         self._number_entries()
@@ -109,7 +117,7 @@ class AttemptLog:
         ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         if self.loss is not None:
             return Ending.GONE if self.loss is Loss.EXPIRED else Ending.FENCED
-        self._finish = _Finish(marker, status, fields, ending)
+        self._finish = _Finish(marker, status, fields, agent_stopped, ending)
         self._publisher.notice(self)
         return await ending
 
@@ -117,7 +125,7 @@ class AttemptLog:
 
     def _number_entries(self) -> None:
         for kind, payload in merge(self._said):
-            self._tally.add(payload)
+            self._tally.add(kind, payload)
             self._unsent.append(Entry(EntryId(self.claim.attempt, self._tally.count), kind, payload))
         self._said.clear()
 
@@ -194,16 +202,36 @@ class Publisher:
                 try:
                     if unconfirmed:
                         await self._ask_what_landed(attempts)
-                    attempts = await self._flush(attempts)
-                except UNREACHABLE as error:
-                    log.warning("publisher_cannot_reach_redis", reason=str(error), attempts=len(attempts))
+                    attempts = await self._flush(attempts, asked=unconfirmed)
+                except FAILURES as error:
+                    if passes(error):
+                        log.warning("publisher_cannot_reach_redis", reason=str(error), attempts=len(attempts))
+                    else:
+                        attempts = self._give_up(attempts)
+                except Exception:  # noqa: BLE001 - one attempt's defect must not silence all the others for ever
+                    attempts = self._give_up(attempts)
                 if attempts:
                     unconfirmed = True
                     await asyncio.sleep(retry_s)
                     retry_s = min(2 * retry_s, LAST_RETRY_S)
 
-    async def _flush(self, attempts: list[AttemptLog]) -> list[AttemptLog]:
-        """Sends all that these attempts have to say; returns those that must be sent again."""
+    def _give_up(self, attempts: list[AttemptLog]) -> list[AttemptLog]:
+        """Called in an exception handler. One attempt is the culprit; of several, each is tried alone."""
+        if len(attempts) == 1:
+            log.exception("attempt_cannot_be_published", job=attempts[0].claim.job_id)
+            attempts[0].lose(Loss.REFUSED)
+        else:
+            log.warning("flush_failed", attempts=len(attempts), exc_info=True)
+            for attempt in attempts[1:]:
+                self.notice(attempt)
+            return attempts[:1]
+        return []
+
+    async def _flush(self, attempts: list[AttemptLog], *, asked: bool) -> list[AttemptLog]:
+        """Sends all that these attempts have to say; returns those that must be sent again.
+
+        `asked`: what has landed was asked for just before, so an entry that is refused is not there already.
+        """
         sent: list[tuple[AttemptLog, list[Entry], _Finish | None]] = []
         async with self._store.redis.pipeline(transaction=False) as pipe:
             for attempt in attempts:
@@ -216,58 +244,68 @@ class Publisher:
                     pipe.publish(channel, entry_to_message(entry))
                 if finish is not None:
                     keys, args = self._store.finish_args(
-                        attempt.claim, self._worker_id, finish.marker, finish.status, finish.fields
+                        attempt.claim,
+                        self._worker_id,
+                        finish.marker,
+                        finish.status,
+                        finish.fields,
+                        agent_stopped=finish.agent_stopped,
                     )
                     pipe.evalsha(self._script.sha, 1, *keys, *args)  # type: ignore[arg-type]  # bytes and ints are fine
             answers = iter(await pipe.execute(raise_on_error=False))
 
         again: list[AttemptLog] = []
         for attempt, entries, finish in sent:
-            refusals = [_refusal_of(next(answers), next(answers)) for _ in entries]
+            # An append and its publication answer one each. A refused append may have been refused for being there.
+            replies = [(next(answers), next(answers))[0] for _ in entries]
             ending = next(answers) if finish is not None else None
-            refusal = next((r for r in refusals if r is not None), None)
-            if isinstance(refusal, Exception) or isinstance(ending, (NoScriptError, *UNREACHABLE)):
-                if isinstance(ending, NoScriptError):  # Redis was restarted, or its scripts were flushed
-                    await self._store.redis.script_load(scripts.source("finish"))
+            refused = next((r for r in replies if isinstance(r, Exception)), None)
+            if refused is not None and (passes(refused) or not asked):
                 again.append(attempt)
-                continue
-            if refusal is not None:
-                attempt.lose(refusal)
-                continue
-            if entries:
-                attempt.landed(entries[-1].id)
-            if isinstance(ending, ResponseError):
-                log.error("marker_refused", job=attempt.claim.job_id, attempt=attempt.claim.attempt, reason=str(ending))
+            elif refused is not None:
+                log.error("entry_refused", job=attempt.claim.job_id, reason=str(refused))
                 attempt.lose(Loss.REFUSED)
-            elif ending is not None:
-                attempt.ended(Ending(ending.decode()))
+            elif None in replies:  # NOMKSTREAM
+                attempt.lose(Loss.EXPIRED)
+            elif isinstance(ending, NoScriptError):  # Redis was restarted, or its scripts were flushed
+                await self._store.redis.script_load(scripts.source("finish"))
+                again.append(attempt)
+            elif isinstance(ending, Exception) and passes(ending):
+                again.append(attempt)
+            elif isinstance(ending, Exception):
+                log.error("marker_refused", job=attempt.claim.job_id, reason=str(ending))
+                attempt.lose(Loss.REFUSED)
+            else:
+                if entries:
+                    attempt.landed(entries[-1].id)
+                if ending is not None:
+                    attempt.ended(Ending(ending.decode()))
         return again
 
     async def _ask_what_landed(self, attempts: list[AttemptLog]) -> None:
-        """After an answer that never came: forget what is in Redis already, so that it is not sent twice."""
+        """After a refusal, or an answer that never came: what is in Redis already must not be sent twice.
+
+        What has landed is published once more, since nobody knows whether it was: readers drop what they have.
+        """
         async with self._store.redis.pipeline(transaction=False) as pipe:
             for attempt in attempts:
                 pipe.xrevrange(self._store.keys.stream(attempt.claim.job_id), count=1)
             answers = await pipe.execute()
-        for attempt, rows in zip(attempts, answers, strict=True):
-            if not rows:
-                attempt.lose(Loss.EXPIRED)
-                continue
-            last = EntryId.parse(rows[0][0])
-            _, finish = attempt.take()
-            if last.attempt > attempt.claim.attempt:
-                attempt.lose(Loss.FENCED)
-            elif finish is not None and last == finish.marker.id:
+        async with self._store.redis.pipeline(transaction=False) as pipe:
+            for attempt, rows in zip(attempts, answers, strict=True):
+                if not rows:
+                    attempt.lose(Loss.EXPIRED)
+                    continue
+                last = EntryId.parse(rows[0][0])
+                if last.attempt > attempt.claim.attempt:
+                    attempt.lose(Loss.FENCED)
+                    continue
+                entries, finish = attempt.take()
+                channel = self._store.keys.stream_channel(attempt.claim.job_id)
+                for entry in entries:
+                    if entry.id <= last:
+                        pipe.publish(channel, entry_to_message(entry))
                 attempt.landed(last)
-                attempt.ended(Ending.DONE)
-            else:
-                attempt.landed(last)
-
-
-def _refusal_of(appended: object, _published: object) -> Loss | Exception | None:
-    """What Redis's answer to an append means: None (stored), a loss, or an exception (try again)."""
-    if isinstance(appended, UNREACHABLE):
-        return appended
-    if isinstance(appended, ResponseError):
-        return Loss.FENCED if "equal or smaller" in str(appended) else Loss.REFUSED
-    return None if appended is not None else Loss.EXPIRED
+                if finish is not None and last == finish.marker.id:
+                    attempt.ended(Ending.DONE)
+            await pipe.execute()

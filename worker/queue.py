@@ -22,7 +22,7 @@ import structlog
 import uvloop
 from arq.worker import Worker, func
 
-from shared.connection import LAST_RETRY_S, UNREACHABLE, connect, insist, wait_for_redis
+from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, wait_for_redis
 from shared.entries import ErrorMarker
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
@@ -73,6 +73,7 @@ class QueueWorker(Worker):
         self.publisher = Publisher(self.store, self.worker_id)
         self.runs: dict[str, Run] = {}
         self._reconcile_at = 0.0  # of the loop's clock
+        self._claiming = asyncio.Lock()  # held while a claim is on its way: it must not be cut
         self._changed = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._drain_task: asyncio.Task[None] | None = None
@@ -118,14 +119,18 @@ class QueueWorker(Worker):
             return
         self.allow_pick_jobs = False
         await self._stop_runs()
-        await self.agent.aclose()
         await self._services.aclose()
         try:
             await self.store.retire(self.worker_id)
-        except UNREACHABLE as error:
+        except FAILURES as error:
             log.warning("worker_could_not_retire", worker=self.worker_id, reason=str(error))
         await self.store.redis.aclose(close_connection_pool=True)
         self._pool = None
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self.agent.aclose()
+        except Exception:
+            log.exception("agent_did_not_close", agent=self.agent.name)
         log.info("worker_stopped", worker=self.worker_id)
 
     def _describe(self) -> dict[str, str | int]:
@@ -145,12 +150,15 @@ class QueueWorker(Worker):
             if self.loop.time() >= self._reconcile_at:
                 await self._reconcile()
                 return
-            claims = await self.store.claim(self.worker_id, slots)
-            for claim in claims:
-                self._start(claim)
+            async with self._claiming:
+                claims = await self.store.claim(self.worker_id, slots)
+                for claim in claims:
+                    self._start(claim)
             if len(claims) < slots and not self.burst:
                 await self._wait_for_bell()
-        except UNREACHABLE as error:
+        except FAILURES as error:
+            if not passes(error):
+                raise
             self._reconcile_at = 0
             log.warning("worker_cannot_reach_redis", worker=self.worker_id, reason=str(error))
             await self._wait_for_change()
@@ -184,6 +192,8 @@ class QueueWorker(Worker):
     def _start(self, claim: Claim) -> None:
         run = Run(claim, self.agent, self.store, self.publisher, self.worker_id)
         earlier = self.tasks.get(claim.job_id)  # this worker's own attempt, if it lost its lease meanwhile
+        if earlier is not None:
+            self.runs[claim.job_id].stop(Stop.ENDED_OUTSIDE)
         self.runs[claim.job_id] = run
         task = self.loop.create_task(self._deliver(run, earlier))
         task.add_done_callback(lambda _: self._changed.set())
@@ -194,14 +204,20 @@ class QueueWorker(Worker):
         claim = run.claim
         if earlier is not None:
             await asyncio.wait({earlier})
-        while not run.begun:
-            try:
-                await self.run_job(claim.job_id, claim.started_ms)
-            except UNREACHABLE as error:
-                log.warning("delivery_failed", job=claim.job_id, attempt=claim.attempt, reason=str(error))
-                await asyncio.sleep(LAST_RETRY_S)
-            else:
-                return
+        try:
+            while not run.has_begun():
+                try:
+                    await self.run_job(claim.job_id, claim.started_ms)
+                except FAILURES as error:
+                    if run.has_begun() or not passes(error):
+                        raise
+                    log.warning("delivery_failed", job=claim.job_id, attempt=claim.attempt, reason=str(error))
+                    await asyncio.sleep(LAST_RETRY_S)
+                else:
+                    return
+        except Exception:
+            log.exception("job_task_failed", job=claim.job_id, attempt=claim.attempt)
+            await insist(lambda: self.store.release(claim, self.worker_id))  # which ends it, if need be
 
     def _forget_finished(self) -> None:
         for job_id, task in list(self.tasks.items()):
@@ -209,7 +225,7 @@ class QueueWorker(Worker):
                 del self.tasks[job_id]
                 del self.runs[job_id]
                 if not task.cancelled() and (error := task.exception()):
-                    log.error("job_task_failed", job=job_id, exc_info=error)
+                    log.error("job_not_released", job=job_id, exc_info=error)
 
     # -- what arq calls ------------------------------------------------------------------------------------------------
 
@@ -232,9 +248,9 @@ class QueueWorker(Worker):
             self._reconcile_at = 0  # held without knowing; it has to be released
 
     def _on_lease_lost(self) -> None:
-        """Others have taken this worker for lost and gone on with its jobs."""
-        for run in self.runs.values():
-            run.stop(Stop.ENDED_OUTSIDE)
+        """Others have taken this worker for lost and gone on with its jobs, but not with what it claimed since."""
+        self._reconcile_at = 0
+        self._lease_lost_task = self.loop.create_task(insist(self._drop_ended_runs))
 
     async def _drop_ended_runs(self) -> None:
         """Stops the runs whose jobs were ended while no order could be heard."""
@@ -258,11 +274,13 @@ class QueueWorker(Worker):
         self._drain_task = self.loop.create_task(self._drain(Signals(signum)))
 
     async def _drain(self, signum: Signals) -> None:
+        async with self._claiming:  # what a claim on its way brings is finished, too
+            deadline = self.loop.time() + self.settings.drain_timeout_s
         stop_now = asyncio.create_task(self._stop_now.wait())
-        finished = asyncio.ensure_future(asyncio.gather(*self._unfinished(), return_exceptions=True))
-        await asyncio.wait(
-            {stop_now, finished}, timeout=self.settings.drain_timeout_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        while (unfinished := self._unfinished()) and not stop_now.done() and self.loop.time() < deadline:
+            await asyncio.wait(
+                {stop_now, *unfinished}, timeout=deadline - self.loop.time(), return_when=asyncio.FIRST_COMPLETED
+            )
         stop_now.cancel()
         await self._stop_runs()
         if self.main_task is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 import structlog
 
@@ -19,7 +19,7 @@ from shared.entries import ErrorMarker, Kind, OkMarker, Tally, Usage
 from shared.jobs import ErrorCode, Status
 from shared.store import Claim, Ending, JobStore
 from shared.text import json_bytes, parse_json, text_bytes
-from worker.agents.contract import Agent, AgentError, Outcome, ToolStatus, Turn
+from worker.agents.contract import Agent, AgentError, FinishReason, Outcome, ToolStatus, Turn
 from worker.publisher import AttemptLog, AttemptLostError, Loss, Publisher
 
 log = structlog.get_logger(__name__)
@@ -53,8 +53,9 @@ _LOSS_MARKERS = {
 class StreamVoice:
     """An agent's voice: what it says becomes entries. Implements `worker.agents.contract.Voice`."""
 
-    def __init__(self, attempt: AttemptLog) -> None:
+    def __init__(self, attempt: AttemptLog, *, max_bytes: int) -> None:
         self._attempt = attempt
+        self._bytes_left = max_bytes
         self._loop = asyncio.get_running_loop()
         self.last_said_at = self._loop.time()  # or, before the first word, since when we listen
         self.first_said_at: float | None = None
@@ -83,6 +84,9 @@ class StreamVoice:
         self.last_said_at = self._loop.time()
         if self.first_said_at is None:
             self.first_said_at = self.last_said_at
+        self._bytes_left -= len(payload)
+        if self._bytes_left < 0:
+            raise AgentError("The answer is longer than this deployment allows.")
         self._attempt.append(kind, payload)
         if self._attempt.must_wait:
             await self._flushed()
@@ -103,10 +107,14 @@ class Run:
         self._worker_id = worker_id
         self._settings = store.settings
         self._stop: Stop | None = None
-        self.begun = False  # whether arq has delivered the job
+        self._begun = False
         self._stopped = asyncio.Event()
         self._attempt = publisher.open(claim, self._on_lost)
         self._log = log.bind(job=claim.job_id, attempt=claim.attempt)
+
+    def has_begun(self) -> bool:
+        """Whether arq has delivered the job."""
+        return self._begun
 
     def stop(self, reason: Stop) -> None:
         """Ends the run; the first reason counts. A job that ended outside is left as it is."""
@@ -124,9 +132,9 @@ class Run:
 
     async def execute(self) -> None:
         """Returns when the job has its marker and the agent has stopped. Cancelled: the worker is going down now."""
-        self.begun = True
+        self._begun = True
         self._log.info("job_started", agent=self._agent.name)
-        voice = StreamVoice(self._attempt)
+        voice = StreamVoice(self._attempt, max_bytes=self._settings.max_answer_bytes)
         started_at = voice.last_said_at
         agent_task = asyncio.create_task(self._run_agent(voice), name=f"agent {self.claim.job_id}")
         try:
@@ -138,6 +146,8 @@ class Run:
         await self._end(agent_task, voice, started_at)
 
     async def _run_agent(self, voice: StreamVoice) -> Outcome:
+        if self._stopped.is_set():  # before arq delivered the job
+            raise asyncio.CancelledError
         if self.claim.request is None:
             raise AgentError("The request is no longer stored.")
         request = parse_json(self.claim.request)
@@ -150,7 +160,7 @@ class Run:
             model=request["model"],
             params=request["params"],
         )
-        outcome = await self._agent.run(turn, voice)
+        outcome = _checked(await self._agent.run(turn, voice))
         if outcome.text and not voice.said_text:
             await voice.text(outcome.text)
         return outcome
@@ -188,16 +198,19 @@ class Run:
         elif finished_by_itself and not agent_task.cancelled() and agent_task.exception() is None:
             ending = await self._finish_ok(agent_task.result(), voice, started_at)
         elif self._stop is not None:  # what a cancelled agent returns is not a whole answer
-            ending = await self._finish_error(_STOP_MARKERS[self._stop], voice, started_at)
+            ending = await self._finish_error(
+                _STOP_MARKERS[self._stop], voice, started_at, agent_stopped=agent_task.done()
+            )
         else:
             ending = await self._finish_error(self._explain(agent_task), voice, started_at)
 
         loss = Loss.REFUSED if ending is Ending.INCOMPLETE else self._attempt.loss
         if loss in _LOSS_MARKERS:
             await self._end_from_outside(_LOSS_MARKERS[loss])
+        agent_stopped = agent_task.done()
         if self._stop is not None:
             await self._let_go(agent_task)
-        if ending is not Ending.DONE:
+        if ending is not Ending.DONE or not agent_stopped:
             await insist(lambda: self._store.release(self.claim, self._worker_id))
 
     async def _let_go(self, agent_task: asyncio.Task[Outcome]) -> None:
@@ -226,9 +239,12 @@ class Run:
         self._log.info("job_ended", ending=ending.value, status=Status.SUCCEEDED.value, reason=outcome.finish_reason)
         return ending
 
-    async def _finish_error(self, error: ErrorMarker, voice: StreamVoice, started_at: float) -> Ending:
+    async def _finish_error(
+        self, error: ErrorMarker, voice: StreamVoice, started_at: float, *, agent_stopped: bool = True
+    ) -> Ending:
+        fields = self._timing(voice, started_at)
         ending = await self._attempt.finish(
-            Kind.ERROR, lambda _: error.payload(), Status.FAILED, self._timing(voice, started_at)
+            Kind.ERROR, lambda _: error.payload(), Status.FAILED, fields, agent_stopped=agent_stopped
         )
         self._log.info("job_ended", ending=ending.value, status=Status.FAILED.value, code=error.code)
         return ending
@@ -249,3 +265,17 @@ class Run:
         self._log.error("agent_failed", agent=self._agent.name, exc_info=error)
         message = error.public_message if isinstance(error, AgentError) else "The agent failed."
         return ErrorMarker(ErrorCode.AGENT_ERROR, message)
+
+
+def _checked(outcome: Any) -> Outcome:
+    """Anybody can write an agent. Raises TypeError on what would mislead a client or could not be stored."""
+    if not isinstance(outcome, Outcome):
+        raise TypeError(f"an agent returns an Outcome, not {type(outcome).__name__}")
+    if outcome.finish_reason not in get_args(FinishReason):
+        raise TypeError(f"{outcome.finish_reason!r} is not one of {get_args(FinishReason)}")
+    usage = outcome.usage
+    if usage is not None and not all(isinstance(n, int) for n in (usage.prompt_tokens, usage.completion_tokens)):
+        raise TypeError("usage counts tokens in whole numbers")
+    if not isinstance(outcome.text, str | None):
+        raise TypeError(f"text is a string or None, not {type(outcome.text).__name__}")
+    return outcome

@@ -34,8 +34,12 @@ local function promote_next_turn(turns, now)
   end
 end
 
--- The job executes nowhere any more: its worker's slot and its session are free.
+-- How long a job that has ended may keep its session, until its worker says that it has stopped.
+local RELEASE_MS = 15000
+
+-- The job has ended, and executes nowhere any more: its worker's slot and its session are free.
 local function release(id, now)
+  redis.call('ZREM', deadlines, id)
   local job = redis.call('HMGET', job_key(id), 'worker', 'session')
   if job[1] and job[1] ~= '' then redis.call('SREM', worker_jobs_key(job[1]), id) end
   if job[2] and job[2] ~= '' then
@@ -51,7 +55,6 @@ local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
   redis.call('XADD', stream_key(id), entry_id, kind, payload)
   redis.call('HSET', job_key(id), 'status', status, 'finished_ms', int(now))
   if kind == 'error' then redis.call('HSET', job_key(id), 'error', payload) end
-  redis.call('ZREM', deadlines, id)
   redis.call('ZREM', queue, id)
   redis.call('DEL', arq_job_key(id), arq_retry_key(id))
   redis.call('PEXPIRE', job_key(id), retention_ms)
@@ -60,6 +63,9 @@ local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
   redis.call('PUBLISH', stream_channel(id), entry_id .. ' ' .. kind .. ' ' .. payload)
 end
 
+-- The job has ended, but may still execute: whoever executes it releases it, or the sweep does after a while.
+local function await_release(id, now) redis.call('ZADD', deadlines, int(now + RELEASE_MS), id) end
+
 -- Ends a job from outside of its attempt. The marker opens attempt n+1, so that whoever still runs attempt n is fenced.
 -- A worker that may still execute it is told to stop, and releases the job when it has.
 local function end_from_outside(id, payload, status, now, retention_ms)
@@ -67,6 +73,7 @@ local function end_from_outside(id, payload, status, now, retention_ms)
   local attempt = int(tonumber(job[2]) + 1)
   end_job(id, attempt .. '-0', 'error', payload, status, now, retention_ms)
   if job[1] == 'running' then
+    await_release(id, now)
     redis.call('PUBLISH', worker_channel(job[3]), 'stop ' .. id)
   else
     release(id, now)

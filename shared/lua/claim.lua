@@ -1,9 +1,12 @@
 -- Gives a worker as many claimable jobs as it has free slots, oldest first, and opens an attempt of each.
 -- KEYS[1] the queue
 -- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms
--- Returns a list of {job id, attempt, started ms, request}; ids whose job is gone or has ended are dropped on the way.
+-- Returns nothing if the worker holds no lease, since nobody would notice its death. Otherwise a list of {job id, attempt, started ms, request}; ids whose job is gone or has ended are dropped on the way.
 
 local worker, now = ARGV[2], now_ms()
+local lease_end = redis.call('ZSCORE', workers, worker)
+if not lease_end or tonumber(lease_end) <= now then return {} end
+
 local claimed = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMIT', 0, ARGV[3])) do
   local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened')

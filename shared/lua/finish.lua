@@ -1,7 +1,7 @@
--- Ends a job from inside of its attempt, and releases it.
+-- Ends a job from inside of its attempt.
 -- KEYS[1] the job record
 -- ARGV: 1 prefix, 2 job id, 3 worker id, 4 attempt, 5 sequence of the marker, 6 'ok' | 'error', 7 the marker's payload,
---       8 status, 9 retention in ms, 10.. more fields and values of the record
+--       8 status, 9 retention in ms, 10 '1' if the agent has stopped, so that the job is released with its end, 11.. more fields and values of the record
 -- Returns 'done', or without any change: 'fenced' (another attempt, another worker, or an end came first) | 'gone'
 -- (no record) | 'incomplete' (an `ok` whose attempt is not whole in the stream).
 
@@ -19,6 +19,6 @@ end
 
 local now = now_ms()
 end_job(id, attempt .. '-' .. ARGV[5], kind, ARGV[7], ARGV[8], now, ARGV[9])
-redis.call('HSET', KEYS[1], unpack(ARGV, 10))
-release(id, now)
+redis.call('HSET', KEYS[1], unpack(ARGV, 11))
+if ARGV[10] == '1' then release(id, now) else await_release(id, now) end
 return 'done'

@@ -1,12 +1,18 @@
--- A worker has stopped executing an attempt that was ended from outside.
+-- A worker has stopped executing an attempt.
 -- KEYS[1] the job record
--- ARGV: 1 prefix, 2 job id, 3 worker id, 4 attempt
--- Returns 1, or 0 if the job is not this worker's any more.
+-- ARGV: 1 prefix, 2 job id, 3 worker id, 4 attempt, 5 the payload of an error marker, should the job not have ended,
+--       6 retention in ms
+-- Returns 1, or 0 if the attempt is not the job's current one, or not this worker's.
 
-local job = redis.call('HMGET', KEYS[1], 'worker', 'attempt')
-if job[1] ~= ARGV[3] or job[2] ~= ARGV[4] then
-  redis.call('SREM', worker_jobs_key(ARGV[3]), ARGV[2])
-  return 0
+local id, worker, attempt = ARGV[2], ARGV[3], ARGV[4]
+local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt')
+if not job[1] then redis.call('ZREM', deadlines, id) end -- the record has expired
+if job[2] ~= worker then redis.call('SREM', worker_jobs_key(worker), id) end
+if job[2] ~= worker or job[3] ~= attempt then return 0 end
+
+local now = now_ms()
+if job[1] == 'running' then
+  end_job(id, int(tonumber(attempt) + 1) .. '-0', 'error', ARGV[5], 'failed', now, ARGV[6])
 end
-release(ARGV[2], now_ms())
+release(id, now)
 return 1

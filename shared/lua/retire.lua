@@ -1,7 +1,7 @@
 -- A worker leaves in good order: it runs nothing any more, so what it holds and has ended is free.
 -- KEYS[1] the workers
 -- ARGV: 1 prefix, 2 worker id
--- Returns 1, or 0 if it still holds unfinished jobs: then its lease lapses, and the sweep recovers them.
+-- Returns 1, or 0 if it still holds unfinished jobs: then its lease ends now, and the next sweep recovers them.
 
 for _, id in ipairs(redis.call('SMEMBERS', worker_jobs_key(ARGV[2]))) do
   local status = redis.call('HGET', job_key(id), 'status')
@@ -10,7 +10,10 @@ for _, id in ipairs(redis.call('SMEMBERS', worker_jobs_key(ARGV[2]))) do
     redis.call('SREM', worker_jobs_key(ARGV[2]), id)
   end
 end
-if redis.call('SCARD', worker_jobs_key(ARGV[2])) > 0 then return 0 end
+if redis.call('SCARD', worker_jobs_key(ARGV[2])) > 0 then
+  redis.call('ZADD', KEYS[1], 0, ARGV[2])
+  return 0
+end
 redis.call('ZREM', KEYS[1], ARGV[2])
 redis.call('DEL', worker_key(ARGV[2]), worker_jobs_key(ARGV[2]))
 return 1

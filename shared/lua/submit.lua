@@ -23,8 +23,9 @@ if session == '' then
   make_claimable(id, now)
 else
   local turns = session_key(session)
-  local length = redis.call('RPUSH', turns, id)
+  redis.call('RPUSH', turns, id)
   redis.call('PEXPIRE', turns, ttl_ms)
-  if length == 1 then make_claimable(id, now) end
+  local head = redis.call('LINDEX', turns, 0)
+  if head == id or redis.call('EXISTS', job_key(head)) == 0 then promote_next_turn(turns, now) end
 end
 return 'accepted'

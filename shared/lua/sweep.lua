@@ -1,10 +1,10 @@
--- Moves on what cannot move by itself: the jobs of lost workers, and jobs past their deadline.
+-- Moves on what cannot move by itself: the jobs of lost workers, jobs past their deadline, and sessions that are held.
 -- KEYS[1] the deadlines
--- ARGV: 1 prefix, 2 most jobs to look at, 3 retention in ms, 4 queue timeout in ms, 5 most attempts of a job,
+-- ARGV: 1 prefix, 2 most deadlines to look at, 3 retention in ms, 4 queue timeout in ms, 5 most attempts of a job,
 --       then the payloads of the error markers: 6 worker_lost, 7 timeout, 8 queue_timeout, 9 no_worker
 -- Returns a list of {job id, what happened}: 'retried' | 'worker_lost' | 'timeout' | 'queue_timeout' | 'no_worker'.
 
-local now, limit, retention_ms = now_ms(), tonumber(ARGV[2]), ARGV[3]
+local now, limit, retention_ms = now_ms(), ARGV[2], ARGV[3]
 local swept = {}
 
 -- A lost worker's job: run it again if nothing was shown, otherwise end it, and fence the worker in both cases.
@@ -34,15 +34,9 @@ local function recover(id, worker)
 end
 
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', int(now))) do
-  while #swept < limit do
-    local id = redis.call('SPOP', worker_jobs_key(worker))
-    if not id then
-      redis.call('ZREM', workers, worker)
-      redis.call('DEL', worker_key(worker))
-      break
-    end
-    recover(id, worker)
-  end
+  for _, id in ipairs(redis.call('SMEMBERS', worker_jobs_key(worker))) do recover(id, worker) end
+  redis.call('ZREM', workers, worker)
+  redis.call('DEL', worker_key(worker), worker_jobs_key(worker))
 end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMIT', 0, limit)) do
@@ -54,8 +48,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
     local nobody = redis.call('ZCARD', workers) == 0
     end_from_outside(id, nobody and ARGV[9] or ARGV[8], 'failed', now, retention_ms)
     swept[#swept + 1] = {id, nobody and 'no_worker' or 'queue_timeout'}
-  else
-    redis.call('ZREM', KEYS[1], id)
+  else -- it has ended, and its worker has not said within RELEASE_MS that it stopped; or it has expired
+    release(id, now)
   end
 end
 return swept

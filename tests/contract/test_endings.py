@@ -322,8 +322,8 @@ def as_said(*texts: str) -> Said:
 
 def tally_of(said: Said) -> Tally:
     tally = Tally()
-    for _, _, payload in said:
-        tally.add(payload)
+    for _, kind, payload in said:
+        tally.add(kind, payload)
     return tally
 
 

@@ -1,0 +1,489 @@
+"""worker/publisher.py: what an attempt says becomes entries, once and in order, whatever happens to the connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from shared.entries import MAX_ENTRY_BYTES, ErrorMarker, Kind, OkMarker, Tally
+from shared.jobs import Status
+from shared.store import Claim, Ending, JobStore
+from tests.conftest import Backend, MakeStore
+from tests.jobs import WorkerSteps, a_worker, entries_of, record_of, status_of, submitted
+from tests.waiting import async_wait_until
+from worker.publisher import HIGH_WATER_BYTES, AttemptLog, AttemptLostError, Loss, Publisher
+
+WORKER = "worker-under-test"
+
+
+class Pipelines:
+    """Counts the pipelines of a client, and breaks those that `plan` says.
+
+    "before": the connection breaks before anything is sent. "after": when Redis has executed everything, before it has
+    answered. A number: when Redis has executed so many commands.
+    """
+
+    def __init__(self, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.plan: list[str | int] = []
+        self.sent: list[list[str]] = []  # the names of the commands of each pipeline
+        original = redis.pipeline
+
+        def pipeline(*args: Any, **options: Any) -> Any:
+            pipe = original(*args, **options)
+            pipe.execute = self._breaking(pipe, pipe.execute)
+            return pipe
+
+        monkeypatch.setattr(redis, "pipeline", pipeline)
+
+    def _breaking(self, pipe: Any, execute: Any) -> Any:
+        async def breaking(**options: Any) -> Any:
+            self.sent.append([str(command[0][0]) for command in pipe.command_stack])
+            how = self.plan.pop(0) if self.plan else None
+            if how == "before":
+                raise RedisConnectionError("broken before anything was sent")
+            if isinstance(how, int):
+                del pipe.command_stack[how:]
+            answers = await execute(**options)
+            if how is not None:
+                raise RedisConnectionError("broken before the answer")
+            return answers
+
+        return breaking
+
+
+@pytest.fixture
+def pipelines(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> Pipelines:
+    return Pipelines(store.redis, monkeypatch)
+
+
+@pytest.fixture
+async def publisher(store: JobStore, pipelines: Pipelines) -> AsyncIterator[Publisher]:
+    async with Publisher(store, WORKER) as publisher:
+        yield publisher
+
+
+class Spoken:
+    """An attempt's log, and what it lost."""
+
+    def __init__(self, publisher: Publisher, claim: Claim) -> None:
+        self.losses: list[Loss] = []
+        self.job_id = claim.job_id
+        self.log: AttemptLog = publisher.open(claim, self.losses.append)
+
+    def say(self, *fragments: bytes, kind: Kind = Kind.DELTA) -> None:
+        for fragment in fragments:
+            self.log.append(kind, fragment)
+
+    async def finish_ok(self) -> Ending:
+        def marker(tally: Tally) -> bytes:
+            return OkMarker(tally.count, tally.digest, "stop", None).payload()
+
+        return await self.log.finish(Kind.OK, marker, Status.SUCCEEDED, {"finish_reason": "stop"})
+
+    async def finish_error(self) -> Ending:
+        error = ErrorMarker("agent_error", "The agent failed.").payload()
+        return await self.log.finish(Kind.ERROR, lambda _: error, Status.FAILED, {})
+
+
+async def speaking(store: JobStore, publisher: Publisher) -> Spoken:
+    """The first attempt of a new job."""
+    await submitted(store)
+    return Spoken(publisher, (await (await a_worker(store, WORKER)).claim_one()).claim)
+
+
+@pytest.fixture
+async def spoken(store: JobStore, publisher: Publisher) -> Spoken:
+    return await speaking(store, publisher)
+
+
+async def said_in(store: JobStore, job_id: str) -> list[tuple[Kind, bytes]]:
+    """Everything between opening and marker, proven to be gap-free."""
+    entries = await entries_of(store, job_id)
+    for before, after in pairwise(entries):
+        assert before.id.is_followed_by(after.id), (before.id, after.id)
+    return [(entry.kind, entry.payload) for entry in entries if entry.kind is not Kind.OPEN and not entry.is_marker]
+
+
+async def assert_whole(store: JobStore, job_id: str) -> None:
+    """What a reader computes confirms the marker."""
+    *entries, marker = await entries_of(store, job_id)
+    tally = Tally()
+    for entry in entries[1:]:
+        tally.add(entry.kind, entry.payload)
+    assert marker.kind is Kind.OK
+    assert OkMarker.parse(marker.payload).confirms(tally)
+    record = await record_of(store, job_id)
+    assert (record.status, record.entries) == (Status.SUCCEEDED, tally.count)
+
+
+# -- speaking ----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_said_in_one_breath_becomes_one_entry(store: JobStore, spoken: Spoken) -> None:
+    fragments = [b"%d " % number for number in range(1000)]
+    spoken.say(*fragments)
+    await spoken.log.flushed()
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"".join(fragments))]
+
+
+async def test_what_is_said_while_a_flush_is_on_its_way_goes_out_in_the_next_one(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines
+) -> None:
+    fragments = [b"%d " % number for number in range(300)]
+    for fragment in fragments:
+        spoken.say(fragment)
+        await asyncio.sleep(0)
+    await spoken.log.flushed()
+    said = await said_in(store, spoken.job_id)
+    assert b"".join(payload for _, payload in said) == b"".join(fragments)
+    assert len(said) <= len(pipelines.sent) < len(fragments)
+
+
+async def test_kinds_keep_their_order(store: JobStore, spoken: Spoken) -> None:
+    spoken.say(b"think", b"ing", kind=Kind.REASONING)
+    spoken.say(b"Hel", b"lo")
+    spoken.say(b'{"index":0}', kind=Kind.TOOL_CALL)
+    spoken.say(b'{"index":1}', kind=Kind.TOOL_CALL)
+    spoken.say(b"!")
+    await spoken.log.flushed()
+    assert await said_in(store, spoken.job_id) == [
+        (Kind.REASONING, b"thinking"),
+        (Kind.DELTA, b"Hello"),
+        (Kind.TOOL_CALL, b'{"index":0}'),
+        (Kind.TOOL_CALL, b'{"index":1}'),
+        (Kind.DELTA, b"!"),
+    ]
+
+
+async def test_much_said_in_one_breath_becomes_entries_of_a_limited_size(store: JobStore, spoken: Spoken) -> None:
+    spoken.say(*[b"x" * 1000] * 600)
+    spoken.say(b"y" * (MAX_ENTRY_BYTES + 1))
+    await spoken.log.flushed()
+    *shared, whole = [payload for _, payload in await said_in(store, spoken.job_id)]
+    assert b"".join(shared) == b"x" * 600_000
+    assert all(len(payload) <= MAX_ENTRY_BYTES for payload in shared)
+    assert len(whole) == MAX_ENTRY_BYTES + 1, "one fragment stays whole"
+
+
+async def test_every_entry_is_published_as_it_is_stored(store: JobStore, spoken: Spoken) -> None:
+    await store.redis.script_load(store.script("finish").script)
+    async with store.redis.pubsub() as pubsub:
+        await pubsub.subscribe(store.keys.stream_channel(spoken.job_id))
+        assert (await pubsub.get_message(timeout=5))["type"] == "subscribe"
+        spoken.say(b"a b")
+        await spoken.finish_ok()
+        messages = [(await pubsub.get_message(timeout=5))["data"] for _ in range(2)]
+    assert messages[0] == b"1-1 delta a b"
+    assert messages[1].startswith(b"1-2 ok {")
+
+
+async def test_the_tally_is_what_a_reader_computes(store: JobStore, spoken: Spoken) -> None:
+    for fragment in (b"a", b"b", b"c"):
+        spoken.say(fragment)
+        spoken.say(fragment, kind=Kind.TOOL)
+        await spoken.log.flushed()
+    reader = Tally()
+    for kind, payload in await said_in(store, spoken.job_id):
+        reader.add(kind, payload)
+    assert (spoken.log.tally.count, spoken.log.tally.digest) == (reader.count, reader.digest)
+
+
+async def test_flushed_means_that_redis_has_everything(store: JobStore, spoken: Spoken) -> None:
+    await spoken.log.flushed()
+    spoken.say(b"a")
+    await asyncio.gather(spoken.log.flushed(), spoken.log.flushed())
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")]
+    await spoken.log.flushed()
+
+
+async def test_who_outruns_redis_has_to_wait(spoken: Spoken) -> None:
+    def must_wait() -> bool:
+        return spoken.log.must_wait
+
+    spoken.say(b"x" * HIGH_WATER_BYTES)
+    assert not must_wait()
+    spoken.say(b"x")
+    assert must_wait()
+    await spoken.log.flushed()
+    assert not must_wait()
+
+
+async def test_many_attempts_share_a_flush(store: JobStore, publisher: Publisher, pipelines: Pipelines) -> None:
+    attempts = [await speaking(store, publisher) for _ in range(20)]
+    pipelines.sent.clear()
+    for attempt in attempts:
+        attempt.say(attempt.job_id.encode())
+    await asyncio.gather(*(attempt.log.flushed() for attempt in attempts))
+    assert len(pipelines.sent) == 1
+    for attempt in attempts:
+        assert await said_in(store, attempt.job_id) == [(Kind.DELTA, attempt.job_id.encode())]
+
+
+# -- finishing ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_marker_travels_behind_the_last_entries(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines
+) -> None:
+    await store.redis.script_load(store.script("finish").script)
+    pipelines.sent.clear()
+    spoken.say(b"a")
+    assert await spoken.finish_ok() is Ending.DONE
+    assert pipelines.sent == [["XADD", "PUBLISH", "EVALSHA"]]
+    await assert_whole(store, spoken.job_id)
+
+
+async def test_an_empty_answer_is_whole(store: JobStore, spoken: Spoken) -> None:
+    assert await spoken.finish_ok() is Ending.DONE
+    await assert_whole(store, spoken.job_id)
+
+
+async def test_an_error_comes_behind_what_was_said(store: JobStore, spoken: Spoken) -> None:
+    spoken.say(b"Hel")
+    assert await spoken.finish_error() is Ending.DONE
+    kinds = [entry.kind for entry in await entries_of(store, spoken.job_id)]
+    assert kinds == [Kind.OPEN, Kind.DELTA, Kind.ERROR]
+    assert await status_of(store, spoken.job_id) is Status.FAILED
+
+
+async def test_an_ok_on_a_stream_with_a_hole_is_refused(store: JobStore, spoken: Spoken) -> None:
+    spoken.say(b"a")
+    await spoken.log.flushed()
+    spoken.say(b"b")
+    await store.redis.xdel(store.keys.stream(spoken.job_id), "1-1")
+    assert await spoken.finish_ok() is Ending.INCOMPLETE
+    assert await status_of(store, spoken.job_id) is Status.RUNNING
+
+
+async def test_a_redis_that_has_forgotten_the_scripts_is_taught_them_again(store: JobStore, spoken: Spoken) -> None:
+    await store.redis.script_flush()
+    spoken.say(b"a")
+    assert await spoken.finish_ok() is Ending.DONE
+    await assert_whole(store, spoken.job_id)
+
+
+# -- a connection that breaks ------------------------------------------------------------------------------------------
+
+BREAKS: list[list[str | int]] = [
+    ["before"],
+    ["after"],
+    ["before", "before", "before"],
+    ["after", "before", "after", "before"],  # the question what has landed breaks, too
+    ["before", "after"],
+    [1],
+    [2],
+    [3],
+    [4],
+    [5],
+    [6],  # three entries, three messages, then the marker
+    [3, "after", 2],
+]
+
+
+@pytest.mark.parametrize("plan", BREAKS, ids=lambda plan: "-".join(map(str, plan)))
+async def test_a_broken_connection_loses_no_entry_and_doubles_none(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines, plan: list[str | int]
+) -> None:
+    await store.redis.script_load(store.script("finish").script)
+    pipelines.plan = list(plan)
+    spoken.say(b"a")
+    spoken.say(b"b", kind=Kind.REASONING)
+    spoken.say(b"c")
+    assert await spoken.finish_ok() is Ending.DONE
+    assert pipelines.plan == [], "everything planned has happened"
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a"), (Kind.REASONING, b"b"), (Kind.DELTA, b"c")]
+    await assert_whole(store, spoken.job_id)
+    assert spoken.losses == []
+
+
+@pytest.mark.parametrize("plan", BREAKS, ids=lambda plan: "-".join(map(str, plan)))
+async def test_what_is_said_while_the_connection_is_broken_follows(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines, plan: list[str | int]
+) -> None:
+    pipelines.plan = list(plan)
+    spoken.say(b"a")
+    spoken.say(b"1", kind=Kind.TOOL)
+    spoken.say(b"2", kind=Kind.TOOL)
+    await async_wait_until(lambda: len(pipelines.plan) < len(plan), timeout=5, description="the break")
+    spoken.say(b"b")
+    await spoken.log.flushed()
+    assert await said_in(store, spoken.job_id) == [
+        (Kind.DELTA, b"a"),
+        (Kind.TOOL, b"1"),
+        (Kind.TOOL, b"2"),
+        (Kind.DELTA, b"b"),
+    ]
+    assert await spoken.finish_ok() is Ending.DONE
+    await assert_whole(store, spoken.job_id)
+
+
+@pytest.mark.parametrize("commands", [1, 3, 5])
+async def test_every_entry_is_published_even_if_the_connection_broke_in_between(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines, commands: int
+) -> None:
+    """Otherwise a reader sees it only with the next entry, or after a quiet while."""
+    async with store.redis.pubsub() as pubsub:
+        await pubsub.subscribe(store.keys.stream_channel(spoken.job_id))
+        assert (await pubsub.get_message(timeout=5))["type"] == "subscribe"
+        pipelines.plan = [commands]
+        for number in range(3):
+            spoken.say(b"%d" % number, kind=Kind.TOOL)
+        await spoken.log.flushed()
+        heard = set()
+        while message := await pubsub.get_message(timeout=0.2):
+            heard.add(message["data"])
+    assert heard == {b"1-1 tool 0", b"1-2 tool 1", b"1-3 tool 2"}
+
+
+@pytest.mark.parametrize("plan", [["after"], ["before"], [5]], ids=str)
+async def test_a_break_does_not_mix_the_attempts_of_a_flush(
+    store: JobStore, publisher: Publisher, pipelines: Pipelines, plan: list[str | int]
+) -> None:
+    attempts = [await speaking(store, publisher) for _ in range(4)]
+    pipelines.plan = list(plan)
+    for attempt in attempts:
+        attempt.say(attempt.job_id.encode())
+    assert await asyncio.gather(*(attempt.finish_ok() for attempt in attempts)) == [Ending.DONE] * 4
+    for attempt in attempts:
+        assert await said_in(store, attempt.job_id) == [(Kind.DELTA, attempt.job_id.encode())]
+        await assert_whole(store, attempt.job_id)
+
+
+@pytest.mark.parametrize("backend", ["valkey"], indirect=True)
+async def test_an_answer_survives_that_redis_closes_every_connection_again_and_again(
+    store: JobStore, spoken: Spoken, make_store: MakeStore
+) -> None:
+    killer = make_store().redis
+    fragments = [b"%d " % number for number in range(100)]
+    for number, fragment in enumerate(fragments):
+        spoken.say(fragment)
+        if number % 10 == 0:
+            await killer.client_kill_filter(_type="normal", skipme=True)
+        await asyncio.sleep(0.001)
+    assert await spoken.finish_ok() is Ending.DONE
+    said = await said_in(store, spoken.job_id)
+    assert b"".join(payload for _, payload in said) == b"".join(fragments)
+    await assert_whole(store, spoken.job_id)
+
+
+# -- a lost attempt ----------------------------------------------------------------------------------------------------
+
+
+async def assert_lost(spoken: Spoken, loss: Loss, ending: Ending) -> None:
+    """It says no more, and `on_lost` was called once."""
+    assert spoken.losses == [loss]
+    for _ in range(2):
+        with pytest.raises(AttemptLostError) as caught:
+            spoken.say(b"more")
+        assert caught.value.loss is loss
+    with pytest.raises(AttemptLostError):
+        await spoken.log.flushed()
+    assert await spoken.finish_ok() is ending
+    assert spoken.losses == [loss]
+    assert not spoken.log.must_wait
+
+
+async def test_an_attempt_whose_job_was_ended_is_lost(store: JobStore, spoken: Spoken) -> None:
+    spoken.say(b"a")
+    await spoken.log.flushed()
+    await store.cancel(spoken.job_id, "")
+    before = await entries_of(store, spoken.job_id)
+    spoken.say(b"b")
+    spoken.say(b"1", kind=Kind.TOOL)
+    with pytest.raises(AttemptLostError, match="fenced"):
+        await spoken.log.flushed()
+    await assert_lost(spoken, Loss.FENCED, Ending.FENCED)
+    assert await entries_of(store, spoken.job_id) == before
+
+
+async def test_a_zombie_is_lost_when_the_next_attempt_is_open(store: JobStore, spoken: Spoken) -> None:
+    await WorkerSteps(store, WORKER).lapse()
+    await store.sweep()
+    spoken.say(b"late")
+    assert await spoken.finish_ok() is Ending.FENCED
+    await assert_lost(spoken, Loss.FENCED, Ending.FENCED)
+    assert [str(entry.id) for entry in await entries_of(store, spoken.job_id)] == ["1-0", "2-0"]
+    assert await status_of(store, spoken.job_id) is Status.QUEUED
+
+
+async def test_an_attempt_that_said_nothing_more_learns_at_its_end_that_it_was_fenced(
+    store: JobStore, spoken: Spoken
+) -> None:
+    await store.cancel(spoken.job_id, "")
+    assert await spoken.finish_ok() is Ending.FENCED
+    assert await status_of(store, spoken.job_id) is Status.CANCELLED
+
+
+async def test_an_attempt_whose_stream_is_gone_is_lost(store: JobStore, spoken: Spoken) -> None:
+    await store.redis.delete(store.keys.stream(spoken.job_id))
+    spoken.say(b"a")
+    with pytest.raises(AttemptLostError, match="expired"):
+        await spoken.log.flushed()
+    await assert_lost(spoken, Loss.EXPIRED, Ending.GONE)
+    assert await entries_of(store, spoken.job_id) == []
+
+
+@pytest.mark.parametrize("meanwhile", ["cancelled", "deleted"])
+async def test_an_attempt_that_was_lost_while_the_connection_was_broken_learns_it(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines, meanwhile: str
+) -> None:
+    pipelines.plan = ["before"] * 3
+    spoken.say(b"a")
+    await async_wait_until(lambda: len(pipelines.plan) < 3, timeout=5, description="the break")
+    if meanwhile == "cancelled":
+        await store.cancel(spoken.job_id, "")
+    else:
+        await store.redis.delete(store.keys.stream(spoken.job_id))
+    with pytest.raises(AttemptLostError):
+        await spoken.log.flushed()
+    lost = (Loss.FENCED, Ending.FENCED) if meanwhile == "cancelled" else (Loss.EXPIRED, Ending.GONE)
+    await assert_lost(spoken, *lost)
+
+
+@pytest.mark.parametrize("backend", ["valkey"], indirect=True)
+async def test_an_attempt_that_redis_has_no_room_for_goes_on_when_there_is(
+    store: JobStore, spoken: Spoken, backend: Backend
+) -> None:
+    await store.redis.config_set("maxmemory", 1)
+    try:
+        spoken.say(b"a")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await spoken.log.flushed()
+    finally:
+        await store.redis.config_set("maxmemory", 0)
+    spoken.say(b"b")
+    assert await spoken.finish_ok() is Ending.DONE
+    await assert_whole(store, spoken.job_id)
+
+
+async def test_a_lost_attempt_does_not_disturb_the_others(store: JobStore, publisher: Publisher) -> None:
+    lost, alive = await speaking(store, publisher), await speaking(store, publisher)
+    await store.cancel(lost.job_id, "")
+    lost.say(b"a")
+    alive.say(b"b")
+    assert await alive.finish_ok() is Ending.DONE
+    with pytest.raises(AttemptLostError):
+        await lost.log.flushed()
+    assert (lost.losses, alive.losses) == ([Loss.FENCED], [])
+    await assert_whole(store, alive.job_id)
+
+
+async def test_a_marker_that_cannot_be_sent_does_not_silence_the_others(store: JobStore, publisher: Publisher) -> None:
+    """An agent gave something as its finish reason that Redis has no bytes for."""
+    odd, alive = await speaking(store, publisher), await speaking(store, publisher)
+    fields: Any = {"finish_reason": None}
+    finishing = asyncio.create_task(odd.log.finish(Kind.OK, lambda _: b"{}", Status.SUCCEEDED, fields))
+    try:
+        await asyncio.sleep(0)
+        alive.say(b"b")
+        async with asyncio.timeout(20):
+            assert await alive.finish_ok() is Ending.DONE
+    finally:
+        finishing.cancel()
+        await asyncio.gather(finishing, return_exceptions=True)

@@ -1,0 +1,73 @@
+"""Key names: the same in Python and in Lua, apart for each deployment, together for each job."""
+
+from __future__ import annotations
+
+import re
+
+import fakeredis
+import pytest
+from arq.constants import job_key_prefix, retry_key_prefix
+
+from shared import scripts
+from shared.keys import Keys, lua_names
+
+IDS = ["chatcmpl-0123456789abcdef", "host-17-ab%s", "api:é 🙂", "%d%%"]
+
+SHARED = ("queue", "bell", "deadlines", "workers")
+PER_ID = {
+    "job_key": "job",
+    "request_key": "request",
+    "stream_key": "stream",
+    "stream_channel": "stream_channel",
+    "worker_key": "worker",
+    "worker_jobs_key": "worker_jobs",
+    "worker_channel": "worker_channel",
+}  # Lua's name of each: Python's
+
+
+def in_lua(expression: str, prefix: str, *args: str) -> str:
+    """What an expression is in a script that begins with the key names."""
+    with fakeredis.FakeRedis(server=fakeredis.FakeServer(version=(7,))) as redis:
+        answer = redis.eval(f"{lua_names()}\nreturn {expression}", 0, prefix, *args)
+    assert isinstance(answer, bytes)
+    return answer.decode()
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_lua_names_the_keys_of_a_deployment_as_python_does(name: str) -> None:
+    assert in_lua(name, "some-prefix") == getattr(Keys("some-prefix"), name)
+
+
+@pytest.mark.parametrize("lua_name", PER_ID)
+@pytest.mark.parametrize("identity", IDS)
+def test_lua_names_what_belongs_to_an_id_as_python_does(lua_name: str, identity: str) -> None:
+    expected = getattr(Keys("some-prefix"), PER_ID[lua_name])(identity)
+    assert in_lua(f"{lua_name}(ARGV[2])", "some-prefix", identity) == expected
+
+
+def test_lua_names_arqs_keys_as_arq_does() -> None:
+    assert in_lua("arq_job_key(ARGV[2])", "p", "id") == f"{job_key_prefix}id"
+    assert in_lua("arq_retry_key(ARGV[2])", "p", "id") == f"{retry_key_prefix}id"
+
+
+def test_every_name_that_lua_knows_is_tested_here() -> None:
+    known = re.findall(r"^local (?:function )?(\w+)", lua_names(), re.MULTILINE)
+    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "session_key", "arq_job_key", "arq_retry_key"])
+
+
+def test_what_belongs_to_one_job_is_one_slot() -> None:
+    keys = Keys("p")
+    for name in (keys.job("id"), keys.request("id"), keys.stream("id"), keys.stream_channel("id")):
+        assert re.findall(r"\{(.*?)\}", name) == ["id"]
+
+
+def test_deployments_do_not_meet() -> None:
+    ours, theirs = Keys("a"), Keys("b")
+    assert not {ours.queue, ours.bell, ours.deadlines, ours.workers} & {theirs.queue, theirs.bell, theirs.deadlines}
+    assert ours.job("x") != theirs.job("x")
+
+
+@pytest.mark.parametrize("name", ["submit", "claim", "finish", "end", "release", "beat", "retire", "sweep"])
+def test_every_script_can_be_loaded(name: scripts.ScriptName) -> None:
+    with fakeredis.FakeRedis(server=fakeredis.FakeServer(version=(7,))) as redis:
+        assert redis.script_load(scripts.source(name))
