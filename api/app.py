@@ -68,7 +68,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             )
         )
     middleware += [Middleware(ErrorMiddleware), Middleware(AuthMiddleware, settings=settings)]
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", create_completion, methods=["POST"]),
             Route("/v1/models", list_models),
@@ -80,6 +80,8 @@ def create_app(settings: Settings | None = None) -> Starlette:
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # a redirected POST is a GET to many clients
+    return app
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

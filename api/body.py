@@ -6,12 +6,13 @@ import base64
 import mimetypes
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
-from api.errors import InvalidRequestError, PayloadTooLargeError
+from api.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
 from shared.settings import Settings
 from shared.text import parse_json
 
@@ -29,10 +30,15 @@ async def read_chat_body(request: Request, settings: Settings) -> Any:
     if int(request.headers.get("content-length") or 0) > limit:
         raise _too_large(limit)
     _limit_body(request, limit)
-    if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+    content_type, options = parse_options_header(request.headers.get("content-type", ""))
+    if content_type.lower() == b"multipart/form-data":
+        if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+            raise InvalidRequestError("A form must be encoded in UTF-8.", code="invalid_form")
         return await _read_form(request, settings)
     try:
         return parse_json(await request.body())
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
     except ValueError:
         raise InvalidRequestError("The request body is not valid JSON.", code="invalid_json") from None
 
@@ -62,6 +68,8 @@ async def _read_form(request: Request, settings: Settings) -> dict[str, Any]:
             max_files=MAX_FORM_FILES, max_fields=MAX_FORM_FIELDS, max_part_size=settings.max_body_bytes
         ) as form:
             return await _form_to_json(form, settings.max_file_bytes)
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
     except HTTPException as error:  # how Starlette reports a malformed form
         raise InvalidRequestError(f"The form cannot be read: {error.detail}", code="invalid_form") from error
 
@@ -70,6 +78,9 @@ async def _form_to_json(form: FormData, max_file_bytes: int) -> dict[str, Any]:
     """The fields of nanobot's form (`message`, `files`, `session_id`, `model`) and `stream`, as a chat request."""
     fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
     parts: list[dict[str, Any]] = [{"type": "text", "text": fields.get("message") or DEFAULT_PROMPT}]
+    for name in ("message", "session_id", "model", "stream"):
+        if any(isinstance(value, UploadFile) for value in form.getlist(name)):
+            raise InvalidRequestError(f"`{name}` must be a text field, not a file.", param=name)
     for value in form.getlist("files"):
         if not isinstance(value, UploadFile):
             raise InvalidRequestError("`files` must hold files.", param="files")

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from api.body import read_chat_body
 from api.chat_request import ChatRequest, parse_chat_request, submission
 from api.chunks import PING, ChunkEncoder, completion, error_frame
-from api.errors import JobFailedError, NotFoundError, QueueFullError, QueueUnreachableError
+from api.errors import ClientGoneError, JobFailedError, NotFoundError, QueueFullError, QueueUnreachableError
 from api.relay import INCOMPLETE, Relay
 from api.services import Services, services_of
 from api.tail import StreamExpiredError, StreamUnreachableError, Tail, TailError
@@ -101,10 +101,6 @@ def _was_never_sent(error: BaseException) -> bool:
     return isinstance(error.__context__, ConnectionRefusedError) or isinstance(error, ResponseError)
 
 
-class ClientGoneError(Exception):
-    """The client closed its connection, or stopped reading, before the answer had ended."""
-
-
 class Answer:
     """One client's way through one job, from submission to its ending."""
 
@@ -170,14 +166,12 @@ class Answer:
             log.info("job_cancelled", job=self.job.job_id, why=why, ending=ending.value)
 
     async def whole(self, receive: Receive) -> Response:
-        """The answer as one object. Raises JobFailedError for every ending but a verified `ok`."""
+        """The answer as one object. Raises JobFailedError for every ending but a verified `ok`, or ClientGoneError."""
         entries: list[Entry] = []
         try:
             async with self.follow(receive) as tail:
                 while not self.has_ended():
                     entries += await self.entries(tail, self.settings.ping_interval_s)
-        except ClientGoneError:
-            return Response(status_code=499)  # nobody reads it; access logs know the number
         except asyncio.CancelledError as stopped:  # the server stops, and has waited long enough
             raise JobFailedError(INTERRUPTED) from stopped
         if isinstance(self.ending, ErrorMarker):

@@ -26,6 +26,7 @@ from api.errors import InvalidRequestError, PayloadTooLargeError
 from shared.jobs import Submission
 from shared.text import text_bytes
 
+MAX_ELEMENTS = 10_000  # messages, and parts and tool calls of all messages together
 MAX_METADATA_PAIRS = 16
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
@@ -180,6 +181,7 @@ def parse_chat_request(body: object, *, max_file_bytes: int) -> ChatRequest:
     """Checks a parsed JSON body. Raises InvalidRequestError, naming the parameter, or PayloadTooLargeError."""
     if not isinstance(body, dict):
         raise InvalidRequestError("The request body must be a JSON object.")
+    _refuse_excess(body)
     try:
         request = ChatRequest.model_validate(body)
     except ValidationError as error:
@@ -189,6 +191,22 @@ def parse_chat_request(body: object, *, max_file_bytes: int) -> ChatRequest:
             for part_index, part in enumerate(message.content):
                 _check_media(part, f"messages[{index}].content[{part_index}]", max_file_bytes)
     return request
+
+
+def _refuse_excess(body: dict[str, Any]) -> None:
+    """Bounds the lists before they are looked at one by one: each element costs time, and its error memory."""
+    messages = body.get("messages")
+    total = 0
+    for name, value in (("messages", messages), ("metadata", body.get("metadata"))):
+        if isinstance(value, (list, dict)) and len(value) > MAX_ELEMENTS:
+            raise InvalidRequestError(f"{name} holds more than {MAX_ELEMENTS} elements.", param=name)
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        for name in ("content", "tool_calls"):
+            value = message.get(name) if isinstance(message, dict) else None
+            total += len(value) if isinstance(value, list) else 0
+            if total > MAX_ELEMENTS:
+                param = f"messages[{index}].{name}"
+                raise InvalidRequestError(f"{param}: the messages hold more than {MAX_ELEMENTS} parts.", param=param)
 
 
 def submission(

@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients know them.
 
+    ClientGoneError              nobody is left to answer
     ApiError
     ├── InvalidRequestError      400   the request is at fault; `param` names where
     ├── AuthenticationError      401
@@ -24,6 +25,10 @@ from shared.jobs import ErrorCode
 from shared.text import json_bytes
 
 RETRY_AFTER_S = 2  # the SDKs honour 1 to 60
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection, or stopped reading, before it had its answer."""
 
 
 class ApiError(Exception):

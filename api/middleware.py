@@ -15,7 +15,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import ApiError, AuthenticationError, ForbiddenError, PayloadTooLargeError
+from api.errors import ApiError, AuthenticationError, ClientGoneError, ForbiddenError, PayloadTooLargeError
 from shared.settings import Settings, is_loopback
 
 log = structlog.get_logger(__name__)
@@ -64,6 +64,8 @@ class ErrorMiddleware:
 
         try:
             await self.app(scope, receive, notice_start)
+        except ClientGoneError:
+            return  # there is nobody to answer
         except ApiError as error:
             if started:
                 raise

@@ -52,6 +52,8 @@ def api(host: str | None, port: int | None, redis_url: str | None) -> None:
     """Run one API process: it accepts requests and relays answers."""
     import uvicorn
 
+    from api.protocol import LimitedHttpToolsProtocol
+
     override(host=host, port=port, redis_url=redis_url)
     settings = read_settings()
     require_free_port(settings.host, settings.port)
@@ -61,7 +63,7 @@ def api(host: str | None, port: int | None, redis_url: str | None) -> None:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=LimitedHttpToolsProtocol,
         ws="none",
         lifespan="on",
         log_config=None,  # create_app configures logging

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import redis
 import structlog
 from arq.connections import ArqRedis
 from redis import exceptions as redis_errors
+from redis.asyncio.connection import AbstractConnection
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry as SyncRetry
 
@@ -39,6 +40,20 @@ _PASSING_REPLIES = (
 COMMAND_TIMEOUT_S = 10  # longer than any command that we send; BLPOP's own wait is 1 s
 
 
+class _HonestConnection(AbstractConnection):
+    """Reports a connection that was closed under redis-py's feet as what it is.
+
+    On uvloop, a write to a transport that has just been closed raises RuntimeError or AttributeError.
+    """
+
+    async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            await super().send_packed_command(*args, **kwargs)
+        except (RuntimeError, AttributeError) as error:
+            await self.disconnect(nowait=True)
+            raise redis_errors.ConnectionError("the connection was closed while a command was written") from error
+
+
 def passes(error: BaseException) -> bool:
     """Whether Redis may answer the same command later: it is away, starting, full, busy, or not (yet) the primary."""
     if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError)):
@@ -59,6 +74,8 @@ def connect(settings: Settings) -> ArqRedis:
         socket_timeout=COMMAND_TIMEOUT_S,
         health_check_interval=0,
     )
+    pool = client.connection_pool
+    pool.connection_class = type("Connection", (_HonestConnection, pool.connection_class), {})
     client.job_serializer = json_bytes
     client.job_deserializer = parse_json
     client.default_queue_name = f"{settings.prefix}:queue"

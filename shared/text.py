@@ -7,6 +7,7 @@ streams them byte by byte says one). Python keeps it as a lone surrogate; strict
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 import orjson
@@ -44,7 +45,7 @@ def parse_json(data: bytes) -> Any:
         value = orjson.loads(data)
     except orjson.JSONDecodeError:
         try:  # orjson refuses lone surrogates, the standard library reads them
-            value = json.loads(data, parse_constant=_refuse_constant)
+            value = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
     _refuse_depth(value)
@@ -65,6 +66,11 @@ def _refuse_depth(value: Any) -> None:
         if not level:
             return
     raise ValueError("nested too deeply")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else _refuse_constant(number)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -3,7 +3,8 @@
 The message is plain text, which it answers with itself, or a JSON script:
 
     {"say": ["a", "b"]}                          says the fragments
-    {"say": ["a"], "then": "raise"}              … then raises; also "hang", "die" (kill -9 of its worker)
+    {"say": ["a"], "then": "raise"}              … then raises; also "hang", "exit", "die" (kill -9 of its worker),
+                                                 "stubborn" (ignores its cancellation for two seconds)
     {"say": ["a"], "every_s": 0.1}               waits before each fragment
     {"say": [], "returns": "text"}               returns text without having said any
     {"finish_reason": "length"}                  ends with it
@@ -18,6 +19,8 @@ import asyncio
 import json
 import os
 import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +71,23 @@ class ScriptedAgent:
                 await asyncio.Event().wait()
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                sys.exit(3)
+            case "stubborn":
+                await _ignore_cancellation(for_s=2)
 
     async def aclose(self) -> None:
         """Nothing is held."""
+
+
+async def _ignore_cancellation(*, for_s: float) -> None:
+    """Returns `for_s` after the first cancellation."""
+    with suppress(asyncio.CancelledError):
+        await asyncio.Event().wait()
+    until = asyncio.get_running_loop().time() + for_s
+    while (left_s := until - asyncio.get_running_loop().time()) > 0:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(left_s)
 
 
 def _notebook(path: str | None, turn: Turn) -> Any:

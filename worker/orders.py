@@ -42,4 +42,6 @@ async def follow_orders(
                                 on_stop(job_id)
         except FAILURES as error:
             log.warning("orders_connection_lost", worker=worker_id, reason=str(error))
-            await asyncio.sleep(RETRY_S)
+        except Exception:  # an order that cannot be read, or a broken record: the next one must be heard all the same
+            log.exception("order_failed", worker=worker_id)
+        await asyncio.sleep(RETRY_S)

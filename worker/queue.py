@@ -157,10 +157,8 @@ class QueueWorker(Worker):
             if len(claims) < slots and not self.burst:
                 await self._wait_for_bell()
         except FAILURES as error:
-            if not passes(error):
-                raise
             self._reconcile_at = 0
-            log.warning("worker_cannot_reach_redis", worker=self.worker_id, reason=str(error))
+            log.warning("worker_cannot_claim", worker=self.worker_id, reason=str(error), exc_info=not passes(error))
             await self._wait_for_change()
 
     async def _reconcile(self) -> None:

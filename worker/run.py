@@ -71,6 +71,8 @@ class StreamVoice:
             await self._say(Kind.REASONING, text_bytes(fragment))
 
     async def tool_call(self, delta: Mapping[str, Any]) -> None:
+        if not isinstance(delta.get("index"), int) or not isinstance(delta.get("function", {}), Mapping):
+            raise TypeError("a tool call has an integer `index`, and its `function` is an object")
         await self._say(Kind.TOOL_CALL, json_bytes(delta))
 
     async def tool(
@@ -160,7 +162,10 @@ class Run:
             model=request["model"],
             params=request["params"],
         )
-        outcome = _checked(await self._agent.run(turn, voice))
+        try:
+            outcome = _checked(await self._agent.run(turn, voice))
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise RuntimeError("the agent tried to end its worker") from error
         if outcome.text and not voice.said_text:
             await voice.text(outcome.text)
         return outcome

@@ -21,7 +21,8 @@ from shared.entries import Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally, e
 from shared.jobs import Status
 from shared.settings import Settings
 from shared.store import Claim, JobStore
-from tests.deployment import Deployment, deployed, free_port, noted, script
+from tests.deployment import Deployment, deployed, free_port, noted, notes, script
+from tests.jobs import a_worker
 from tests.scripted_agent import SECRET
 from tests.waiting import wait_until
 
@@ -99,6 +100,23 @@ def test_the_streaming_helper_raises_too(service: Deployment) -> None:
         stream.until_done()
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param({"finish_reason": None}, id="no finish reason"),
+        pytest.param({"finish_reason": "banana"}, id="a finish reason that nobody knows"),
+        pytest.param({"tool_calls": [{"id": "call_1"}]}, id="a tool call without index"),
+        pytest.param({"then": "exit"}, id="sys.exit"),
+    ],
+)
+def test_a_defect_of_an_agent_fails_its_own_job_only(service: Deployment, steps: dict[str, Any]) -> None:
+    text, error = stream_until_error(service, script(say=["a"], **steps))
+    assert (text, error.code) in (("a", "agent_error"), ("", "agent_error"))
+    with service.client() as client:
+        answer = client.chat.completions.create(model="endmark", messages=script(say=["still here"]))
+    assert answer.choices[0].message.content == "still here"
+
+
 # -- deadlines ---------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +139,16 @@ def test_a_timeout_that_is_not_streamed_is_a_504(impatient: Deployment, tmp_path
         client.chat.completions.create(model="endmark", messages=script(say=["a"], then="hang", log=str(log)))
     assert (raised.value.status_code, raised.value.code) == (504, "timeout")
     assert noted(log, "started") == 1
+
+
+def test_a_turn_waits_for_an_agent_that_ignores_its_cancellation(impatient: Deployment, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    session = {"session_id": "stubborn"}
+    _, error = stream_until_error(impatient, script(then="stubborn", log=str(log)), extra_body=session)
+    assert error.code == "timeout"
+    with impatient.client() as client:
+        client.chat.completions.create(model="endmark", messages=script(say=["a"], log=str(log)), extra_body=session)
+    assert [note["what"] for note in notes(log)] == ["started", "finished"] * 2, "one at a time"
 
 
 def test_a_silent_stream_is_kept_alive(impatient: Deployment) -> None:
@@ -365,9 +393,10 @@ async def append(store: JobStore, claim: Claim, entry: Entry) -> None:
 
 
 async def claim_one(store: JobStore) -> Claim:
+    worker = await a_worker(store, "the test")
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        if claims := await store.claim("the test", 1):
-            return claims[0]
+        if claims := await worker.claim():
+            return claims[0].claim
         await store.wait_for_bell(1)
     raise AssertionError("no job was queued")

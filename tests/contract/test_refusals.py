@@ -6,6 +6,7 @@ import base64
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,44 @@ def test_unknown_routes_and_methods_are_refused(http: httpx.Client) -> None:
     response = http.get("/v1/chat/completions")
     assert_refused(response, 405, code="method_not_allowed")
     assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"messages": [1] * 1_000_000}, id="messages"),
+        pytest.param({"messages": [{"role": "user", "content": [{}] * 1_000_000}]}, id="parts"),
+        pytest.param({"messages": HELLO, "metadata": {str(number): 1 for number in range(200_000)}}, id="metadata"),
+    ],
+)
+def test_a_body_of_very_many_elements_is_refused_without_looking_at_each(http: httpx.Client, body: Any) -> None:
+    response = http.post("/v1/chat/completions", json=body)
+    assert_refused(response, 400)
+    assert "10000" in response.json()["error"]["message"]
+
+
+def test_deep_json_is_refused(http: httpx.Client) -> None:
+    body = json.dumps({"messages": HELLO, "odd": 0}).replace("0}", "[" * 990 + "]" * 990 + "}")
+    assert_refused(http.post("/v1/chat/completions", content=body), 400, code="invalid_json")
+
+
+def test_a_form_in_an_odd_encoding_is_refused(http: httpx.Client) -> None:
+    headers = {"content-type": "multipart/form-data; boundary=x; charset=punycode"}
+    body = b'--x\r\nContent-Disposition: form-data; name="message"\r\n\r\n' + b"a" * 1000 + b"\r\n--x--\r\n"
+    assert_refused(http.post("/v1/chat/completions", content=body, headers=headers), 400, code="invalid_form")
+
+
+def test_endless_headers_are_refused(service: Deployment) -> None:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        with suppress(ConnectionError):  # it may be closed while we still send
+            for _ in range(1024):
+                connection.sendall(b"X-Odd: " + b"y" * 4000 + b"\r\n")
+        answer = b""
+        with suppress(ConnectionError):
+            answer = connection.recv(64)
+        assert answer.startswith(b"HTTP/1.1 400") or answer == b""
+    assert httpx.get(f"{service.base_url}/health").status_code == 200
 
 
 def test_a_malformed_form_is_refused(http: httpx.Client) -> None:
