@@ -402,6 +402,8 @@ class Queue(RuleBasedStateMachine):
             was, (set(),)
         )
         assert set(dict(self.run(self.store.sweep())).values()) in expected
+        if job_id in self.ended:  # its worker did not say in time that it stopped
+            self.executing = {attempt: worker for attempt, worker in self.executing.items() if attempt[0] != job_id}
 
     # -- what always holds
 
@@ -442,9 +444,9 @@ class Queue(RuleBasedStateMachine):
 
         queue, deadlines = self.run(indices())
         unfinished = [job for job in self.accepted if job not in self.ended]
-        assert deadlines == set(unfinished), "every unfinished job has a deadline"
-        holding = {self.session_of[job] for job, _ in self.executing if job in self.ended}
-        taken = {session for session in holding if session}
+        held = {job for job, _ in self.executing if job in self.ended}
+        assert deadlines == set(unfinished) | held, "every job has a deadline until it has ended and is released"
+        taken = {self.session_of[job] for job in held} - {""}
         for job_id in unfinished:
             session, record = self.session_of[job_id], self.record(job_id)
             if record.status is Status.RUNNING:
