@@ -205,6 +205,7 @@ class StreamedAnswer(Response):
             created=answer.created,
             model=answer.job.model,
             include_usage=options is not None and options.include_usage,
+            include_tool_events=options is not None and options.include_tool_events,
         )
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:

@@ -143,6 +143,7 @@ Message = Annotated[
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+    include_tool_events: bool = False  # ours: what the agent's own tools do, as `tool_event` of otherwise empty chunks
 
 
 class ChatRequest(_Strict):

@@ -29,7 +29,9 @@ _ROLE = b'"role":"assistant",'
 class ChunkEncoder:
     """The frames of one streamed completion."""
 
-    def __init__(self, *, completion_id: str, created: int, model: str, include_usage: bool) -> None:
+    def __init__(
+        self, *, completion_id: str, created: int, model: str, include_usage: bool, include_tool_events: bool = False
+    ) -> None:
         """`created` is in seconds since the epoch."""
         head = json_bytes(
             {
@@ -42,9 +44,11 @@ class ChunkEncoder:
         )[:-1]
         usage = b',"usage":null' if include_usage else b""
         self._include_usage = include_usage
+        self._include_tool_events = include_tool_events
         self._head = b"data: " + head
         self._delta_head = self._head + b',"choices":[{"index":0,"delta":{'
-        self._delta_tail = b'},"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
+        self._delta_end = b'},"logprobs":null,"finish_reason":null}]' + usage
+        self._delta_tail = self._delta_end + b"}\n\n"
         self._finish_tail = b'},"logprobs":null,"finish_reason":%b}]' + usage + b"}\n\n"
         self._role = _ROLE
 
@@ -60,10 +64,17 @@ class ChunkEncoder:
                 field = b'"reasoning_content":' + json_bytes(bytes_text(entry.payload))
             case Kind.TOOL_CALL:
                 field = b'"tool_calls":[' + entry.payload + b"]"
-            case _:  # the agent's own tools are not shown on this wire
+            case Kind.TOOL if self._include_tool_events:
+                return self._tool_event(entry.payload)
+            case _:
                 return b""
         role, self._role = self._role, b""
         return self._delta_head + role + field + self._delta_tail
+
+    def _tool_event(self, payload: bytes) -> bytes:
+        """A chunk that is empty for clients that do not know the extra field."""
+        role, self._role = self._role.rstrip(b","), b""
+        return self._delta_head + role + self._delta_end + b',"tool_event":' + payload + b"}\n\n"
 
     def heartbeat(self) -> bytes:
         """An empty chunk: clients that count parsed chunks, not comments, see that the stream lives."""

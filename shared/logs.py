@@ -9,7 +9,7 @@ import structlog
 
 from shared.settings import Settings
 
-QUIET = ("httpx", "httpcore", "openai", "asyncio")  # libraries whose INFO lines repeat ours, or name URLs
+QUIET = ("arq", "asyncio", "httpcore", "httpx", "openai")  # libraries whose INFO lines repeat ours, or name URLs
 
 
 def configure(settings: Settings) -> None:

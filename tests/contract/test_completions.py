@@ -146,7 +146,33 @@ def test_reasoning_is_told_apart_from_the_answer(service: Deployment) -> None:
     assert deltas == [{"role": "assistant", "reasoning_content": "hm"}, {"content": "Yes"}, {}]
 
 
-def test_what_the_agents_own_tools_do_is_not_on_this_wire(service: Deployment) -> None:
+def test_what_the_agents_own_tools_do_is_shown_to_those_who_ask(service: Deployment) -> None:
+    body = {
+        "messages": script(tools=["search"], say=["found"]),
+        "stream_options": {"include_tool_events": True, "include_usage": True},
+    }
+    *lines, usage, _ = streamed_lines(service, body)
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    events = [chunk["tool_event"] for chunk in chunks if "tool_event" in chunk]
+    assert events == [
+        {"name": "search", "status": "started", "call_id": "call_1", "detail": None},
+        {"name": "search", "status": "completed", "call_id": "call_1", "detail": None},
+    ]
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"role": "assistant"}, {}, {"content": "found"}, {}]
+    assert json.loads(usage.removeprefix("data: "))["choices"] == []
+
+
+def test_clients_that_do_not_know_tool_events_are_not_disturbed(service: Deployment) -> None:
+    messages, options = script(tools=["search"], say=["found"]), {"include_tool_events": True}
+    with service.client() as client, client.chat.completions.stream(
+        model="endmark", messages=messages, extra_body={"stream_options": options}
+    ) as stream:
+        stream.until_done()
+        message = stream.get_final_completion().choices[0].message
+    assert (message.role, message.content) == ("assistant", "found")
+
+
+def test_what_the_agents_own_tools_do_is_not_on_this_wire_unasked(service: Deployment) -> None:
     *chunks, _ = streamed_lines(service, {"messages": script(tools=["search"], say=["found"])})
     deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in chunks]
     assert deltas == [{"role": "assistant", "content": "found"}, {}]
