@@ -54,6 +54,14 @@ class Deployment:
         stack.callback(self.redis.close)
         self.api = self.start_api()
 
+    def start_another_api(self) -> str:
+        """A second API process; its base URL, once it answers."""
+        port = free_port()
+        api = self._start("-m", "cli.main", "api", "--port", str(port))
+        base_url = f"http://127.0.0.1:{port}"
+        _wait_until_it_answers(base_url, api)
+        return base_url
+
     def _start(self, *command: str) -> Running:
         number = len(list(self._folder.iterdir()))
         folder = self._folder / f"{number}-{command[-1]}"
@@ -77,14 +85,7 @@ class Deployment:
         return worker
 
     def wait_until_up(self) -> None:
-        def answers() -> bool:
-            assert self.api.process.poll() is None, f"the API has ended:\n{self.api.output}"
-            try:
-                return httpx.get(f"{self.base_url}/health").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until(answers, timeout=30, description="an API that answers")
+        _wait_until_it_answers(self.base_url, self.api)
 
     # -- talking to it -------------------------------------------------------------------------------------------------
 
@@ -136,6 +137,17 @@ class Deployment:
         """What would stay in Redis for ever. The list of workers stays as long as there are any."""
         keys = [*self.redis.scan_iter(f"{self.keys.prefix}:*"), *self.redis.scan_iter("arq:*")]
         return [key.decode() for key in keys if self.redis.ttl(key) == -1 and key.decode() != self.keys.workers]
+
+
+def _wait_until_it_answers(base_url: str, api: Running) -> None:
+    def answers() -> bool:
+        assert api.process.poll() is None, f"the API has ended:\n{api.output}"
+        try:
+            return httpx.get(f"{base_url}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_until(answers, timeout=30, description="an API that answers")
 
 
 @contextmanager

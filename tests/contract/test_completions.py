@@ -164,9 +164,12 @@ def test_what_the_agents_own_tools_do_is_shown_to_those_who_ask(service: Deploym
 
 def test_clients_that_do_not_know_tool_events_are_not_disturbed(service: Deployment) -> None:
     messages, options = script(tools=["search"], say=["found"]), {"include_tool_events": True}
-    with service.client() as client, client.chat.completions.stream(
-        model="endmark", messages=messages, extra_body={"stream_options": options}
-    ) as stream:
+    with (
+        service.client() as client,
+        client.chat.completions.stream(
+            model="endmark", messages=messages, extra_body={"stream_options": options}
+        ) as stream,
+    ):
         stream.until_done()
         message = stream.get_final_completion().choices[0].message
     assert (message.role, message.content) == ("assistant", "found")
