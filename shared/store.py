@@ -41,6 +41,7 @@ class Claim(NamedTuple):
     attempt: int
     started_ms: int  # Redis's clock when the attempt was opened
     request: bytes | None  # what `Submission.request_bytes` made; None if it is gone
+    session_state: bytes | None  # what the agent left in the session's turn before; None: nothing, or no session
 
 
 class Held(NamedTuple):
@@ -141,7 +142,8 @@ class JobStore:
         """
         rows = await self._run("claim", self.keys.queue, worker_id, slots, self._run_timeout_ms, self._unfinished_ms)
         return [
-            Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
+            Claim(job_id.decode(), int(attempt), int(started), request, state)
+            for job_id, attempt, started, request, state in rows
         ]
 
     async def held_by(self, worker_id: str) -> list[Held]:
@@ -150,12 +152,13 @@ class JobStore:
         held: list[Held] = []
         for job_id in sorted(member.decode() for member in members):
             async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
+                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms", "session"])
                 pipe.get(self.keys.request(job_id))
-                (status, worker, attempt, started_ms), request = await pipe.execute()
+                (status, worker, attempt, started_ms, session), request = await pipe.execute()
             if worker is not None and worker != worker_id.encode():
                 continue
-            claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request)
+            state = await self.redis.get(self.keys.session(session.decode())) if session else None
+            claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request, state)
             held.append(Held(claim, is_running=status == Status.RUNNING.value.encode()))
         return held
 
@@ -166,6 +169,7 @@ class JobStore:
         marker: Entry,
         status: Status,
         fields: Mapping[str, str | bytes | int],
+        session_state: bytes | None,
         *,
         agent_stopped: bool,
     ) -> tuple[list[str], list[str | bytes | int]]:
@@ -184,6 +188,8 @@ class JobStore:
             status.value,
             self._retention_ms,
             "1" if agent_stopped else "0",
+            session_state or b"",
+            round(self.settings.session_ttl_s * 1000),
             "entries",
             marker.id.sequence - 1,
             *_flatten(fields),

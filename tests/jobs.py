@@ -82,11 +82,12 @@ class Attempt:
         marker: Entry,
         status: Status,
         fields: Mapping[str, str | bytes | int] | None = None,
+        session_state: bytes | None = None,
         *,
         agent_stopped: bool = True,
     ) -> Ending:
         keys, args = self.store.finish_args(
-            self.claim, self.worker_id, marker, status, fields or {}, agent_stopped=agent_stopped
+            self.claim, self.worker_id, marker, status, fields or {}, session_state, agent_stopped=agent_stopped
         )
         return Ending((await self.store.script("finish")(keys, args)).decode())
 
@@ -98,8 +99,8 @@ class Attempt:
         payload = ErrorMarker("agent_error", "The agent failed.").payload()
         return Entry(EntryId(self.claim.attempt, self.tally.count + 1), Kind.ERROR, payload)
 
-    async def finish_ok(self) -> Ending:
-        return await self.finish(self.ok_marker(), Status.SUCCEEDED, {"finish_reason": "stop"})
+    async def finish_ok(self, session_state: bytes | None = None) -> Ending:
+        return await self.finish(self.ok_marker(), Status.SUCCEEDED, {"finish_reason": "stop"}, session_state)
 
     async def finish_error(self) -> Ending:
         return await self.finish(self.error_marker(), Status.FAILED)

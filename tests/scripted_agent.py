@@ -10,6 +10,8 @@ The message is plain text, which it answers with itself, or a JSON script:
     {"finish_reason": "length"}                  ends with it
     {"reasoning": ["hm"], "tools": ["search"]}   says these before the text
     {"tool_calls": [{…}]}                        fragments of a function call for the client
+    {"recalls": true}                            says first what the turn before has left to it
+    {"leaves": "text"}                           leaves this to the session's next turn
     {"log": "/path"}                             notes there what happens to the run: started, cancelled, finished
 """
 
@@ -44,13 +46,20 @@ class ScriptedAgent:
         note = _notebook(script.get("log"), turn)
         note("started")
         try:
+            if script.get("recalls"):
+                await voice.text((turn.session_state or b"nothing").decode())
             await self._perform(script, voice)
         except asyncio.CancelledError:
             note("cancelled")
             raise
         note("finished")
         usage = Usage(prompt_tokens=len(turn.messages), completion_tokens=len(script.get("say", [])))
-        return Outcome(finish_reason=script.get("finish_reason", "stop"), usage=usage, text=script.get("returns"))
+        return Outcome(
+            finish_reason=script.get("finish_reason", "stop"),
+            usage=usage,
+            text=script.get("returns"),
+            session_state=script["leaves"].encode() if "leaves" in script else None,
+        )
 
     async def _perform(self, script: dict[str, Any], voice: Voice) -> None:
         for fragment in script.get("reasoning", []):

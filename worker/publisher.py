@@ -52,6 +52,7 @@ class _Finish(NamedTuple):
     marker: Entry
     status: Status
     fields: Mapping[str, str | bytes | int]
+    session_state: bytes | None
     agent_stopped: bool
     ending: asyncio.Future[Ending]
 
@@ -103,13 +104,15 @@ class AttemptLog:
         payload: Callable[[Tally], bytes],
         status: Status,
         fields: Mapping[str, str | bytes | int],
+        session_state: bytes | None = None,
         *,
         agent_stopped: bool = True,
     ) -> Ending:
         """Appends the marker behind everything said, and ends the job. `payload` gets the tally of all entries.
 
-        Slot and session are released with it, unless the agent has not stopped. The answer is never TERMINAL. Waits for
-        Redis as long as it takes.
+        The session state, unless it is None, is written together with an `ok`, or not at all. Slot and session are
+        released with the end, unless the agent has not stopped. The answer is never TERMINAL. Waits for Redis as long
+        as it takes.
         """
         self._finished = True
         self._number_entries()
@@ -117,7 +120,7 @@ class AttemptLog:
         ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         if self.loss is not None:
             return Ending.GONE if self.loss is Loss.EXPIRED else Ending.FENCED
-        self._finish = _Finish(marker, status, fields, agent_stopped, ending)
+        self._finish = _Finish(marker, status, fields, session_state, agent_stopped, ending)
         self._publisher.notice(self)
         return await ending
 
@@ -249,6 +252,7 @@ class Publisher:
                         finish.marker,
                         finish.status,
                         finish.fields,
+                        finish.session_state,
                         agent_stopped=finish.agent_stopped,
                     )
                     pipe.evalsha(self._script.sha, 1, *keys, *args)  # type: ignore[arg-type]  # bytes and ints are fine

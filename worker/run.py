@@ -160,12 +160,15 @@ class Run:
             session_key=request["session"] or f"api:{self.claim.job_id}",
             owns_history=request["owns_history"],
             model=request["model"],
+            session_state=self.claim.session_state,
             params=request["params"],
         )
         try:
             outcome = _checked(await self._agent.run(turn, voice))
         except (SystemExit, KeyboardInterrupt) as error:
             raise RuntimeError("the agent tried to end its worker") from error
+        if request["session"] and len(outcome.session_state or b"") > self._settings.max_session_bytes:
+            raise AgentError("The session has become too large to be kept. Start a new one.")
         if outcome.text and not voice.said_text:
             await voice.text(outcome.text)
         return outcome
@@ -240,7 +243,7 @@ class Run:
         fields = self._timing(voice, started_at) | {"finish_reason": outcome.finish_reason}
         if usage is not None:
             fields["usage"] = json_bytes(usage._asdict())
-        ending = await self._attempt.finish(Kind.OK, marker, Status.SUCCEEDED, fields)
+        ending = await self._attempt.finish(Kind.OK, marker, Status.SUCCEEDED, fields, outcome.session_state)
         self._log.info("job_ended", ending=ending.value, status=Status.SUCCEEDED.value, reason=outcome.finish_reason)
         return ending
 
@@ -283,4 +286,6 @@ def _checked(outcome: Any) -> Outcome:
         raise TypeError("usage counts tokens in whole numbers")
     if not isinstance(outcome.text, str | None):
         raise TypeError(f"text is a string or None, not {type(outcome.text).__name__}")
+    if not isinstance(outcome.session_state, bytes | None):
+        raise TypeError(f"session_state is bytes or None, not {type(outcome.session_state).__name__}")
     return outcome

@@ -1,12 +1,14 @@
 -- Ends a job from inside of its attempt.
 -- KEYS[1] the job record
 -- ARGV: 1 prefix, 2 job id, 3 worker id, 4 attempt, 5 sequence of the marker, 6 'ok' | 'error', 7 the marker's payload,
---       8 status, 9 retention in ms, 10 '1' if the agent has stopped, so that the job is released with its end, 11.. more fields and values of the record
+--       8 status, 9 retention in ms, 10 '1' if the agent has stopped, so that the job is released with its end,
+--       11 with an 'ok' the new session state, or '' to leave it as it is, 12 its time to live in ms, 0: for ever,
+--       13.. more fields and values of the record
 -- Returns 'done', or without any change: 'fenced' (another attempt, another worker, or an end came first) | 'gone'
 -- (no record) | 'incomplete' (an `ok` whose attempt is not whole in the stream).
 
 local id, worker, attempt, kind = ARGV[2], ARGV[3], ARGV[4], ARGV[6]
-local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt')
+local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt', 'session')
 if not job[1] then return 'gone' end
 if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 'fenced' end
 if kind == 'ok' then
@@ -19,6 +21,11 @@ end
 
 local now = now_ms()
 end_job(id, attempt .. '-' .. ARGV[5], kind, ARGV[7], ARGV[8], now, ARGV[9])
-redis.call('HSET', KEYS[1], unpack(ARGV, 11))
+redis.call('HSET', KEYS[1], unpack(ARGV, 13))
+local session, state = job[4], ARGV[11]
+if kind == 'ok' and state ~= '' and session ~= '' then
+  redis.call('SET', session_key(session), state)
+  if ARGV[12] ~= '0' then redis.call('PEXPIRE', session_key(session), ARGV[12]) end
+end
 if ARGV[10] == '1' then release(id, now) else await_release(id, now) end
 return 'done'

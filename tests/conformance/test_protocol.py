@@ -135,7 +135,7 @@ async def test_a_queued_job_is_kept_as_long_as_it_may_need(store: JobStore, sess
     job_id = await submitted(store, session=session)
     keys = store.keys
     names = [keys.job(job_id), keys.request(job_id), f"{job_key_prefix}{job_id}"]
-    names += [f"{keys.prefix}:session:{session}"] if session else [keys.bell]
+    names += [keys.turns(session)] if session else [keys.bell]
     for name in names:
         at_most_s = 60 if name == keys.bell else UNFINISHED_S
         assert at_most_s - 10 < await store.redis.ttl(name) <= at_most_s, name
@@ -435,7 +435,7 @@ async def test_only_the_worker_and_the_attempt_that_run_a_job_finish_it(store: J
 
 
 async def test_a_job_that_is_gone_cannot_be_finished(store: JobStore) -> None:
-    claim = Claim(new_job_id(), 1, 0, None)
+    claim = Claim(new_job_id(), 1, 0, None, None)
     assert await Attempt(store, "w", claim).finish_ok() is Ending.GONE
     assert await everything(store) == {}
 
@@ -611,7 +611,7 @@ async def test_turns_of_a_session_run_one_at_a_time_in_order(store: JobStore) ->
         assert attempt.job_id == job_id
         assert await worker.claim(10) == [], "the next turn waits"
         assert await attempt.finish_ok() is Ending.DONE
-    assert not await store.redis.exists(f"{store.keys.prefix}:session:api:s")
+    assert not await store.redis.exists(store.keys.turns("api:s"))
 
 
 async def test_the_next_turn_wakes_a_worker(store: JobStore) -> None:
@@ -674,6 +674,103 @@ async def test_a_session_outlives_the_record_of_a_turn_that_was_never_released(s
     await attempt.release()
     second = await submitted(store, session="api:s")
     assert [claimed.job_id for claimed in await (await a_worker(store)).claim(10)] == [second]
+
+
+# -- the state of a session --------------------------------------------------------------------------------------------
+
+
+async def state_given(store: JobStore, *, session: str = "api:s") -> bytes | None:
+    """What the next turn of the session begins with."""
+    attempt = await running(store, session=session)
+    await attempt.finish_error()
+    return attempt.claim.session_state
+
+
+async def test_a_turn_is_given_what_the_last_whole_one_left(make_store: MakeStore) -> None:
+    store = make_store(session_ttl_s=60)
+    first = await running(store, session="api:s")
+    assert first.claim.session_state is None, "a new session"
+    assert await first.finish_ok(b"\x00 one \xff") is Ending.DONE
+    second = await running(store, session="api:s")
+    assert second.claim.session_state == b"\x00 one \xff"
+    await second.finish_ok(b"two")
+    assert await state_given(store) == b"two"
+    assert await state_given(store, session="api:other") is None
+
+
+async def test_a_turn_that_leaves_no_state_changes_none(make_store: MakeStore) -> None:
+    store = make_store(session_ttl_s=60)
+    await (await running(store, session="api:s")).finish_ok(b"one")
+    for nothing in (None, b""):
+        await (await running(store, session="api:s")).finish_ok(nothing)
+        assert await state_given(store) == b"one"
+
+
+async def test_a_turn_that_failed_leaves_no_state(make_store: MakeStore) -> None:
+    store = make_store(session_ttl_s=60)
+    await (await running(store, session="api:s")).finish_ok(b"one")
+    failed = await running(store, session="api:s")
+    assert await failed.finish(failed.error_marker(), Status.FAILED, session_state=b"half") is Ending.DONE
+    assert await state_given(store) == b"one"
+
+
+async def test_an_answer_that_is_not_whole_leaves_no_state(store: JobStore) -> None:
+    attempt = await running(store, session="api:s")
+    attempt.tally.add(Kind.DELTA, b"never stored")
+    assert await attempt.finish_ok(b"half") is Ending.INCOMPLETE
+    assert not await store.redis.exists(store.keys.session("api:s"))
+    await attempt.finish_error()
+
+
+async def test_a_turn_ended_from_outside_leaves_no_state(store: JobStore) -> None:
+    attempt = await running(store, session="api:s")
+    await store.cancel(attempt.job_id, "")
+    assert await attempt.finish_ok(b"late") is Ending.FENCED
+    assert not await store.redis.exists(store.keys.session("api:s"))
+
+
+async def test_a_zombie_leaves_no_state(make_store: MakeStore) -> None:
+    store = make_store(session_ttl_s=60)
+    await (await running(store, session="api:s")).finish_ok(b"one")
+    zombie = await running(store, session="api:s")
+    await WorkerSteps(store, zombie.worker_id).lapse()
+    await store.sweep()
+    second = await (await a_worker(store)).claim_one()
+    assert second.claim.session_state == b"one", "the next attempt begins where the last whole turn ended"
+    assert await zombie.finish_ok(b"the zombie's") is Ending.FENCED
+    await second.finish_ok(b"two")
+    assert await zombie.finish_ok(b"the zombie's") is Ending.FENCED
+    assert await state_given(store) == b"two"
+
+
+async def test_a_claim_whose_answer_was_lost_is_found_with_its_state(make_store: MakeStore) -> None:
+    store = make_store(session_ttl_s=60)
+    await (await running(store, session="api:s")).finish_ok(b"one")
+    attempt = await running(store, session="api:s")
+    assert [held.claim for held in await store.held_by(attempt.worker_id)] == [attempt.claim]
+
+
+async def test_a_job_without_a_session_has_no_state(store: JobStore) -> None:
+    attempt = await running(store)
+    assert attempt.claim.session_state is None
+    assert await attempt.finish_ok(b"for nobody") is Ending.DONE
+    assert [key async for key in store.redis.scan_iter(store.keys.session("*"))] == []
+
+
+async def test_each_turn_that_leaves_state_renews_its_time_to_live(make_store: MakeStore) -> None:
+    key = make_store().keys.session("api:s")
+    for ttl_s in (60, 7200):
+        store = make_store(session_ttl_s=ttl_s)
+        await (await running(store, session="api:s")).finish_ok(b"state")
+        assert ttl_s - 5 < await store.redis.ttl(key) <= ttl_s
+
+
+async def test_a_session_is_remembered_for_ever_unless_a_setting_says_otherwise(make_store: MakeStore) -> None:
+    passing, lasting = make_store(session_ttl_s=60), make_store()
+    for store in (passing, lasting):
+        await (await running(store, session="api:s")).finish_ok(b"state")
+    assert await lasting.redis.ttl(lasting.keys.session("api:s")) == -1
+    await lasting.redis.delete(lasting.keys.session("api:s"))
 
 
 # -- deadlines ---------------------------------------------------------------------------------------------------------

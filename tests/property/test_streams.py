@@ -295,6 +295,7 @@ class Queue(RuleBasedStateMachine):
         self.store = self.deployment.store
         self.accepted: list[str] = []
         self.session_of: dict[str, str] = {}
+        self.state_of: dict[str, bytes] = {}  # what the last whole turn of each session left
         self.ended: dict[str, tuple[JobRecord, list[Entry]]] = {}  # how the terminal jobs were when they ended
         self.executing: dict[
             tuple[str, int], str
@@ -347,6 +348,7 @@ class Queue(RuleBasedStateMachine):
             earlier = self.accepted[: self.accepted.index(attempt.job_id)]
             if session:
                 assert all(self.record(job).finished_ms for job in earlier if self.session_of[job] == session)
+            assert attempt.claim.session_state == (self.state_of.get(session) if session else None)
             self.executing[attempt.job_id, attempt.claim.attempt] = worker_id
         return multiple(*claimed)
 
@@ -362,8 +364,11 @@ class Queue(RuleBasedStateMachine):
     @rule(attempt=attempts, good=st.booleans())
     def finish(self, attempt: Attempt, good: bool) -> None:
         current = self.is_current(attempt)
-        ending = self.run(attempt.finish_ok() if good else attempt.finish_error())
+        state = f"{attempt.job_id} {attempt.claim.attempt}".encode()
+        ending = self.run(attempt.finish_ok(state) if good else attempt.finish_error())
         assert ending is (Ending.DONE if current else Ending.FENCED)
+        if current and good:
+            self.state_of[self.session_of[attempt.job_id]] = state
         if current:
             del self.executing[attempt.job_id, attempt.claim.attempt]
 

@@ -19,6 +19,8 @@ PER_ID = {
     "request_key": "request",
     "stream_key": "stream",
     "stream_channel": "stream_channel",
+    "turns_key": "turns",
+    "session_key": "session",
     "worker_key": "worker",
     "worker_jobs_key": "worker_jobs",
     "worker_channel": "worker_channel",
@@ -52,7 +54,7 @@ def test_lua_names_arqs_keys_as_arq_does() -> None:
 
 def test_every_name_that_lua_knows_is_tested_here() -> None:
     known = re.findall(r"^local (?:function )?(\w+)", lua_names(), re.MULTILINE)
-    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "session_key", "arq_job_key", "arq_retry_key"])
+    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "arq_job_key", "arq_retry_key"])
 
 
 def test_what_belongs_to_one_job_is_one_slot() -> None:
