@@ -16,7 +16,9 @@ _PER_ID = {
     "request_key": "%s:{%s}:request",  # string: the request, as JSON
     "stream_key": "%s:{%s}:stream",  # stream: what the agent said, and how it ended
     "stream_channel": "%s:{%s}:stream",  # pub/sub: every entry of that stream, as it is appended
-    "session_key": "%s:session:%s",  # list: ids of the unfinished turns, oldest first; the head may run
+    # What follows the kind is the session's own name, whatever it holds: no other key begins like these two.
+    "turns_key": "%s:turns:%s",  # list: ids of a session's unfinished turns, oldest first; the head may run
+    "session_key": "%s:session:%s",  # string: the session state, as the last whole turn left it
     "worker_key": "%s:worker:%s",  # hash: who the worker is
     "worker_jobs_key": "%s:worker:%s:jobs",  # set: ids of the jobs whose attempt may still be executing there
     "worker_channel": "%s:worker:%s",  # pub/sub: orders to that worker
@@ -62,6 +64,9 @@ class Keys:
 
     def stream_channel(self, job_id: str) -> str:
         return _PER_ID["stream_channel"] % (self.prefix, job_id)
+
+    def session(self, session: str) -> str:
+        return _PER_ID["session_key"] % (self.prefix, session)
 
     def worker(self, worker_id: str) -> str:
         return _PER_ID["worker_key"] % (self.prefix, worker_id)

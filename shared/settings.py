@@ -62,6 +62,13 @@ class Settings(BaseSettings):
         description="The session of a single user message without `session_id`. Empty: such a message has none.",
     )
 
+    max_session_bytes: int = Field(
+        10 * 1024 * 1024, ge=1024, description="The largest session state that an agent may leave to the next turn."
+    )
+    session_ttl_s: float = Field(
+        0, ge=0, description="How long a session is remembered after its last turn; 0: for ever."
+    )
+
     queue_timeout_s: float = Field(300, gt=0, description="How long a job may wait for a worker.")
     run_timeout_s: float = Field(600, gt=0, description="How long one attempt may run.")
     idle_timeout_s: float = Field(120, gt=0, description="How long a running agent may say nothing.")

@@ -41,6 +41,7 @@ class Claim(NamedTuple):
     attempt: int
     started_ms: int  # Redis's clock when the attempt was opened
     request: bytes | None  # what `Submission.request_bytes` made; None if it is gone
+    session_state: bytes | None  # what the agent left in the session's turn before; None: nothing, or no session
 
 
 class Ending(StrEnum):
@@ -134,7 +135,8 @@ class JobStore:
         """
         rows = await self._run("claim", self.keys.queue, worker_id, slots, self._run_timeout_ms, self._unfinished_ms)
         return [
-            Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
+            Claim(job_id.decode(), int(attempt), int(started), request, state)
+            for job_id, attempt, started, request, state in rows
         ]
 
     async def claims_of(self, worker_id: str) -> list[Claim]:
@@ -143,11 +145,12 @@ class JobStore:
         claims: list[Claim] = []
         for job_id in sorted(member.decode() for member in members):
             async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
+                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms", "session"])
                 pipe.get(self.keys.request(job_id))
-                (status, worker, attempt, started_ms), request = await pipe.execute()
+                (status, worker, attempt, started_ms, session), request = await pipe.execute()
             if status == Status.RUNNING.value.encode() and worker == worker_id.encode():
-                claims.append(Claim(job_id, int(attempt), int(started_ms), request))
+                state = await self.redis.get(self.keys.session(session.decode())) if session else None
+                claims.append(Claim(job_id, int(attempt), int(started_ms), request, state))
         return claims
 
     def finish_args(
@@ -157,6 +160,7 @@ class JobStore:
         marker: Entry,
         status: Status,
         fields: Mapping[str, str | bytes | int],
+        session_state: bytes | None,
     ) -> tuple[list[str], list[str | bytes | int]]:
         """Keys and arguments of the `finish` script, for a pipeline that sends it behind the last entries."""
         return [self.keys.job(claim.job_id)], [
@@ -169,6 +173,8 @@ class JobStore:
             marker.payload,
             status.value,
             self._retention_ms,
+            session_state or b"",
+            round(self.settings.session_ttl_s * 1000),
             "entries",
             marker.id.sequence - 1,
             *_flatten(fields),

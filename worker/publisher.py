@@ -52,6 +52,7 @@ class _Finish(NamedTuple):
     marker: Entry
     status: Status
     fields: Mapping[str, str | bytes | int]
+    session_state: bytes | None
     ending: asyncio.Future[Ending]
 
 
@@ -97,9 +98,16 @@ class AttemptLog:
             raise AttemptLostError(self.loss)
 
     async def finish(
-        self, kind: Kind, payload: Callable[[Tally], bytes], status: Status, fields: Mapping[str, str | bytes | int]
+        self,
+        kind: Kind,
+        payload: Callable[[Tally], bytes],
+        status: Status,
+        fields: Mapping[str, str | bytes | int],
+        session_state: bytes | None = None,
     ) -> Ending:
         """Appends the marker behind everything said, and ends the job. `payload` gets the tally of all entries.
+
+        The session state, unless it is None, is written together with the marker, or not at all.
 
         The answer is never TERMINAL. Waits for Redis as long as it takes.
         """
@@ -109,7 +117,7 @@ class AttemptLog:
         ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         if self.loss is not None:
             return Ending.GONE if self.loss is Loss.EXPIRED else Ending.FENCED
-        self._finish = _Finish(marker, status, fields, ending)
+        self._finish = _Finish(marker, status, fields, session_state, ending)
         self._publisher.notice(self)
         return await ending
 
@@ -216,7 +224,12 @@ class Publisher:
                     pipe.publish(channel, entry_to_message(entry))
                 if finish is not None:
                     keys, args = self._store.finish_args(
-                        attempt.claim, self._worker_id, finish.marker, finish.status, finish.fields
+                        attempt.claim,
+                        self._worker_id,
+                        finish.marker,
+                        finish.status,
+                        finish.fields,
+                        finish.session_state,
                     )
                     pipe.evalsha(self._script.sha, 1, *keys, *args)  # type: ignore[arg-type]  # bytes and ints are fine
             answers = iter(await pipe.execute(raise_on_error=False))

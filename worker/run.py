@@ -144,9 +144,12 @@ class Run:
             session_key=request["session"] or f"api:{self.claim.job_id}",
             owns_history=request["owns_history"],
             model=request["model"],
+            session_state=self.claim.session_state,
             params=request["params"],
         )
         outcome = await self._agent.run(turn, voice)
+        if outcome.session_state is not None and len(outcome.session_state) > self._settings.max_session_bytes:
+            raise AgentError("The session has become too large to be kept. Start a new one.")
         if outcome.text and not voice.said_text:
             await voice.text(outcome.text)
         return outcome
@@ -218,7 +221,7 @@ class Run:
         fields = self._timing(voice, started_at) | {"finish_reason": outcome.finish_reason}
         if usage is not None:
             fields["usage"] = json_bytes(usage._asdict())
-        ending = await self._attempt.finish(Kind.OK, marker, Status.SUCCEEDED, fields)
+        ending = await self._attempt.finish(Kind.OK, marker, Status.SUCCEEDED, fields, outcome.session_state)
         self._log.info("job_ended", ending=ending.value, status=Status.SUCCEEDED.value, reason=outcome.finish_reason)
         return ending
 

@@ -39,7 +39,7 @@ local function release(id, now)
   local job = redis.call('HMGET', job_key(id), 'worker', 'session')
   if job[1] and job[1] ~= '' then redis.call('SREM', worker_jobs_key(job[1]), id) end
   if job[2] and job[2] ~= '' then
-    local turns = session_key(job[2])
+    local turns = turns_key(job[2])
     local was_head = redis.call('LINDEX', turns, 0) == id
     redis.call('LREM', turns, 1, id)
     if was_head then promote_next_turn(turns, now) end

@@ -1,12 +1,12 @@
 -- Gives a worker as many claimable jobs as it has free slots, oldest first, and opens an attempt of each.
 -- KEYS[1] the queue
 -- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms
--- Returns a list of {job id, attempt, started ms, request}; ids whose job is gone or has ended are dropped on the way.
+-- Returns a list of {job id, attempt, started ms, request, session state}; ids whose job is gone or has ended are dropped on the way.
 
 local worker, now = ARGV[2], now_ms()
 local claimed = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMIT', 0, ARGV[3])) do
-  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened')
+  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened', 'session')
   if job[1] == 'queued' then
     local attempt = int(tonumber(job[2]))
     if job[3] ~= attempt then -- recovery has opened the attempt already, to fence the one before
@@ -27,7 +27,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
     for _, key in ipairs({job_key(id), request_key(id), stream_key(id), arq_job_key(id)}) do
       redis.call('PEXPIRE', key, ARGV[5])
     end
-    claimed[#claimed + 1] = {id, attempt, int(now), redis.call('GET', request_key(id))}
+    local state = job[4] ~= '' and redis.call('GET', session_key(job[4]))
+    claimed[#claimed + 1] = {id, attempt, int(now), redis.call('GET', request_key(id)), state}
   end
   redis.call('ZREM', KEYS[1], id)
 end

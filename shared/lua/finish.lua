@@ -1,12 +1,13 @@
 -- Ends a job from inside of its attempt, and releases it.
 -- KEYS[1] the job record
 -- ARGV: 1 prefix, 2 job id, 3 worker id, 4 attempt, 5 sequence of the marker, 6 'ok' | 'error', 7 the marker's payload,
---       8 status, 9 retention in ms, 10.. more fields and values of the record
+--       8 status, 9 retention in ms, 10 the new session state or '' (no change),
+--       11 its time to live in ms or 0 (for ever), 12.. more fields and values of the record
 -- Returns 'done', or without any change: 'fenced' (another attempt, another worker, or an end came first) | 'gone'
 -- (no record) | 'incomplete' (an `ok` whose attempt is not whole in the stream).
 
 local id, worker, attempt, kind = ARGV[2], ARGV[3], ARGV[4], ARGV[6]
-local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt')
+local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt', 'session')
 if not job[1] then return 'gone' end
 if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 'fenced' end
 if kind == 'ok' then
@@ -19,6 +20,10 @@ end
 
 local now = now_ms()
 end_job(id, attempt .. '-' .. ARGV[5], kind, ARGV[7], ARGV[8], now, ARGV[9])
-redis.call('HSET', KEYS[1], unpack(ARGV, 10))
+redis.call('HSET', KEYS[1], unpack(ARGV, 12))
+if ARGV[10] ~= '' and job[4] ~= '' then
+  redis.call('SET', session_key(job[4]), ARGV[10])
+  if ARGV[11] ~= '0' then redis.call('PEXPIRE', session_key(job[4]), ARGV[11]) end
+end
 release(id, now)
 return 'done'

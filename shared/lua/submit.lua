@@ -8,7 +8,7 @@
 local id, session, ttl_ms = ARGV[2], ARGV[3], ARGV[7]
 if redis.call('EXISTS', KEYS[1]) == 1 then return 'duplicate' end
 if redis.call('ZCARD', queue) >= tonumber(ARGV[8]) then return 'queue_full' end
-if session ~= '' and redis.call('LLEN', session_key(session)) >= tonumber(ARGV[9]) then return 'session_full' end
+if session ~= '' and redis.call('LLEN', turns_key(session)) >= tonumber(ARGV[9]) then return 'session_full' end
 
 local now = now_ms()
 local deadline = now + tonumber(ARGV[6])
@@ -22,7 +22,7 @@ redis.call('ZADD', deadlines, int(deadline), id)
 if session == '' then
   make_claimable(id, now)
 else
-  local turns = session_key(session)
+  local turns = turns_key(session)
   local length = redis.call('RPUSH', turns, id)
   redis.call('PEXPIRE', turns, ttl_ms)
   if length == 1 then make_claimable(id, now) end

@@ -4,7 +4,9 @@
 
 Rule 1: an agent that returns has finished. An agent that could not finish raises; it never returns half an answer.
 Rule 2: what is said is final. `voice` has no way to take a fragment back.
-Rule 3: `asyncio.CancelledError` means that nobody wants the answer any more; clean up and re-raise it.
+Rule 3: what a session has to remember travels in `session_state`: it is given to the turn, returned with the outcome,
+        and kept only if the turn ends well. The next turn may run elsewhere, so an agent keeps nothing to itself.
+Rule 4: `asyncio.CancelledError` means that nobody wants the answer any more; clean up and re-raise it.
 
 Errors:
     AgentError            the agent failed, and `public_message` may be shown to the client
@@ -54,6 +56,7 @@ class Turn:
     session_key: str  # "api:<session id>", or a key used by this job alone
     owns_history: bool  # True: `messages` is the whole history; False: the session's own history comes before it
     model: str  # the model name that the client asked for
+    session_state: bytes | None = None  # what this agent left in the session's last whole turn; None: a new session
     params: Mapping[str, Any] = field(default_factory=dict)  # other OpenAI request fields (temperature, tools, …)
 
 
@@ -64,6 +67,7 @@ class Outcome:
     finish_reason: FinishReason = "stop"
     usage: Usage | None = None  # None: the agent does not know
     text: str | None = None  # the whole answer; delivered only if the voice said no text
+    session_state: bytes | None = None  # for the session's next turn, on whatever worker; None: as it was
 
 
 class Voice(Protocol):
