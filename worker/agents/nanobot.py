@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import openai.resources.chat.completions  # noqa: F401 - or nanobot would import it in the middle of the first turn
 from loguru import logger as nanobot_logger
 from nanobot import Nanobot
 from nanobot.agent.hook import AgentHook, AgentHookContext
