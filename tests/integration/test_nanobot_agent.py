@@ -117,7 +117,11 @@ async def test_a_failure_that_nanobot_returns_normally_is_an_error(
 
 
 @pytest.mark.parametrize(
-    "fault", ["close at=0", "close at=2", "eof at=0", "eof at=2", "sse at=2", "badjson at=2", "empty at=0", "status500"]
+    "fault",
+    [
+        *("close at=0", "close at=2", "eof at=0", "eof at=2", "sse at=0", "sse at=2", "badjson at=0", "badjson at=2"),
+        *("length at=0", "content_filter at=0", "empty at=0", "status500", "status429", "status401"),
+    ],
 )
 async def test_a_failure_after_a_tool_is_an_error(agent: NanobotAgent, upstream: ScriptedUpstream, fault: str) -> None:
     """The first request to the model calls a tool, the second one fails, and so do its repetitions."""

@@ -14,7 +14,9 @@ import pytest
 from nanobot.config import loader
 from nanobot.providers.base import LLMProvider
 from nanobot.session.manager import Session
+from nanobot.session.model_selection import SESSION_MODEL_PRESET_METADATA_KEY
 
+from tests.processes import is_running
 from tests.speaking import RecordingVoice, a_turn
 from tests.upstream import ScriptedUpstream, scripted_upstream
 from tests.waiting import async_wait_until
@@ -126,19 +128,6 @@ async def test_a_cancelled_turn_leaves_no_trace(agent: NanobotAgent, upstream: S
     assert asked(upstream) == ["one", "three"]
 
 
-async def test_a_file_read_in_a_turn_that_failed_is_read_again(
-    agent: NanobotAgent, home: Path, upstream: ScriptedUpstream
-) -> None:
-    """nanobot tells a model that reads an unchanged file twice to look at the first result, which is forgotten here."""
-    (home / "workspace" / "notes.txt").write_text("the secret is 42")
-    read = 'tool=read_file args={"path":"notes.txt"}'
-    with pytest.raises(AgentError):
-        await ask(agent, f"one [[mock k=1 i=0 {read} fail=close at=0]]")
-    await ask(agent, f"two [[mock k=1 i=0 {read}]]")
-    [result] = [message for message in upstream.requests[-1]["messages"] if message["role"] == "tool"]
-    assert "the secret is 42" in json.dumps(result)
-
-
 async def test_sessions_with_one_key_do_not_mix(agent: NanobotAgent, upstream: ScriptedUpstream) -> None:
     """Two tenants may name their sessions alike. nanobot runs the turns one after the other."""
     mine, yours = await asyncio.gather(ask(agent, "mine"), ask(agent, "yours"))
@@ -182,6 +171,7 @@ async def test_tools_that_reach_other_sessions_are_not_offered(
     voice = RecordingVoice()
     await ask(agent, f"spy [[mock k=1 i=0 tool={tool} args={arguments.replace(' ', '')}]]", voice=voice)
     assert voice.all_of("tool") == [(tool, "started"), (tool, "failed")]
+    assert tool not in {offered["function"]["name"] for offered in upstream.requests[-1]["tools"]}
     assert "my secret" not in json.dumps(upstream.requests[-1])
     other.cancel()
     await asyncio.wait({other})
@@ -198,6 +188,13 @@ async def test_a_message_for_a_channel_is_not_said_into_the_void(
 
 
 # -- what nanobot does besides -----------------------------------------------------------------------------------------
+
+
+async def test_a_choice_made_before_anything_was_said_is_kept(agent: NanobotAgent) -> None:
+    """`/model` looks the session up a second time, before it was ever saved."""
+    chosen = await ask(agent, "/model default")
+    assert chosen.session_state is not None
+    assert json.loads(chosen.session_state)["session"]["metadata"][SESSION_MODEL_PRESET_METADATA_KEY] == "default"
 
 
 async def test_a_new_conversation_is_summarised_before_the_turn_ends(
@@ -232,12 +229,13 @@ async def test_a_subagent_answers_within_the_turn(agent: NanobotAgent, upstream:
     assert not agent._bot._loop.subagents._running_tasks
 
 
-async def test_a_process_ends_with_the_turn_that_started_it(agent: NanobotAgent) -> None:
-    arguments = '{"command":"sleep\\t1000","yield_time_ms":100}'
-    voice = RecordingVoice()
-    await ask(agent, f"start [[mock k=1 i=0 tool=exec args={arguments}]]", voice=voice)
-    assert voice.all_of("tool") == [("exec", "started"), ("exec", "completed")]
-    assert not agent._bot._loop._exec_session_manager._sessions
+async def test_a_process_ends_with_the_turn_that_started_it(agent: NanobotAgent, home: Path) -> None:
+    """It yields to the model at once, and would go on for as long as nanobot does."""
+    pid_file = home / "workspace" / "pid"
+    arguments = '{"command":"echo${IFS}$$>pid;exec${IFS}sleep${IFS}1000","yield_time_ms":500}'
+    await ask(agent, f"start [[mock k=1 i=0 tool=exec args={arguments}]]")
+    assert pid_file.read_text().strip().isdigit()
+    assert not is_running(int(pid_file.read_text()))
 
 
 # -- the record --------------------------------------------------------------------------------------------------------
@@ -336,6 +334,7 @@ async def test_a_turn_sees_no_session_but_its_own(sessions: TurnSessions) -> Non
         assert sessions.delete_session("api:mine") is False
         assert sessions.get_or_create("api:mine").messages == []
     async with turn_session("api:mine", state):
+        assert sessions.read_session_file("api:yours") is None
         assert sessions.get_or_create("api:mine").messages[0]["content"] == "hello"
     assert sessions.get_or_create("api:mine").messages == []  # no turn, no session
 

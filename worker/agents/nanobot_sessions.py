@@ -6,7 +6,7 @@ Rule 2: nanobot saves with synchronous calls on the event loop, so a save does n
         remembers what to keep. The worker writes that together with the ok marker, or never.
 Rule 3: nothing outlasts a turn. The next one starts from the record that comes with its claim, which the session's
         turns on other workers have written, too.
-Rule 4: a turn that is over saves no more: what it left running finds an empty session, and its saves are dropped.
+Rule 4: a turn waits for what it started. What escapes that works on a session that nobody will ever read again.
 
 The record is JSON, `{"version": 1, "session": {...}}`. It is encoded and decoded on the event loop: 1 ms and 4 ms for
 1 MB, and a thread would not help, since orjson keeps the interpreter's lock (docs/decisions/0011-nanobot-sessions.md).
@@ -45,7 +45,6 @@ class TurnSession:
         self.key = key
         self.saved = saved  # as nanobot last saved it, or as it came with the turn; None: a new session
         self.live: Session | None = None  # what nanobot works on
-        self.over = False
         self._background: list[asyncio.Task[Any]] = []
 
     def record(self) -> bytes | None:
@@ -61,8 +60,7 @@ class TurnSession:
         await asyncio.gather(*self._background)
 
     async def end(self) -> None:
-        """Stops what still runs. From here on nothing is saved."""
-        self.over = True
+        """Stops what still runs."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -90,7 +88,7 @@ async def turn_session(key: str, state: bytes | None) -> AsyncIterator[TurnSessi
 def _session_of_turn(key: str) -> TurnSession | None:
     """The session of the turn that asks, if it asks for its own."""
     turn = _current.get()
-    return turn if turn is not None and turn.key == key and not turn.over else None
+    return turn if turn is not None and turn.key == key else None
 
 
 # -- the record --------------------------------------------------------------------------------------------------------
@@ -167,7 +165,7 @@ class TurnSessionStore:
     def save(self, session: Session, *, fsync: bool = False) -> None:  # noqa: ARG002 - their signature
         turn = _session_of_turn(session.key)
         if turn is None:
-            log.debug("session_not_kept")  # of a turn that is over, or one that nanobot started for itself
+            log.debug("session_not_kept")  # one that nanobot has started for itself
         else:
             turn.saved = session
 
@@ -198,7 +196,7 @@ class TurnSessionStore:
 
     def list_sessions(self) -> list[dict[str, Any]]:
         turn = _current.get()
-        if turn is None or turn.over or turn.saved is None:
+        if turn is None or turn.saved is None:
             return []
         heading = _heading(turn.saved)
         title = heading.pop("metadata").get("title")
@@ -240,7 +238,7 @@ class TurnLoop(AgentLoop):  # type: ignore[misc] # nanobot ships no types
 
     def schedule_background(self, coro: Coroutine[Any, Any, Any]) -> None:
         turn = _current.get()
-        if turn is None or turn.over:
+        if turn is None:
             super().schedule_background(coro)
         else:
             turn.spawn(coro)
