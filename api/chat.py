@@ -55,6 +55,7 @@ async def create_completion(request: Request) -> Response:
         model=settings.model_name,
         default_session=settings.default_session,
         request_id=request.scope["request_id"],
+        tenant=request.scope["tenant"],
     )
     await _submit(services, job)
     answer = Answer(services, job, chat)
@@ -73,7 +74,7 @@ async def _submit(services: Services, job: Submission) -> None:
     except UNREACHABLE as error:
         log.warning("submit_failed", job=job.job_id, reason=str(error))
         raise QueueUnreachableError from error
-    log.info("job_accepted", job=job.job_id, session=job.session or None)
+    log.info("job_accepted", job=job.job_id, tenant=job.tenant, session=job.session or None)
 
 
 class ClientGoneError(Exception):

@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from api.errors import InvalidRequestError, PayloadTooLargeError
-from shared.jobs import Submission
+from shared.jobs import Submission, session_key
+from shared.settings import DEFAULT_TENANT
 from shared.text import text_bytes
 
 MAX_METADATA_PAIRS = 16
@@ -192,7 +193,14 @@ def parse_chat_request(body: object, *, max_file_bytes: int) -> ChatRequest:
 
 
 def submission(
-    request: ChatRequest, body: dict[str, Any], *, job_id: str, model: str, default_session: str, request_id: str
+    request: ChatRequest,
+    body: dict[str, Any],
+    *,
+    job_id: str,
+    model: str,
+    default_session: str,
+    request_id: str,
+    tenant: str = DEFAULT_TENANT,
 ) -> Submission:
     """The job that a checked request asks for.
 
@@ -204,7 +212,8 @@ def submission(
     session_id = request.session_id or (default_session if alone else "")
     return Submission(
         job_id=job_id,
-        session=f"api:{session_id}" if session_id else "",
+        tenant=tenant,
+        session=session_key(tenant, session_id) if session_id else "",
         model=model,
         messages=body["messages"],
         owns_history=not session_id,

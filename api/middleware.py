@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ApiError, AuthenticationError, PayloadTooLargeError
-from shared.settings import Settings, is_loopback
+from shared.settings import DEFAULT_TENANT, Settings, is_loopback
 
 log = structlog.get_logger(__name__)
 
@@ -99,31 +99,33 @@ class UploadRefusal:
 
 
 class AuthMiddleware:
-    """Asks for a bearer key. Without configured keys, only this machine is served."""
+    """Asks for a bearer key, and tells whose it is in `scope["tenant"]`. Without keys, only this machine is served."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self._keys = settings.secret_keys
+        self._keys = settings.tenant_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            scope["tenant"] = DEFAULT_TENANT
             if self._keys:
-                self._check_key(Headers(scope=scope).get("authorization"))
+                scope["tenant"] = self._tenant_of(Headers(scope=scope).get("authorization"))
             elif scope.get("server") and not _is_local(scope["server"][0]):
                 raise AuthenticationError(
                     "This address is reachable from other machines, and no keys are configured: set ENDMARK_API_KEYS."
                 )
         await self.app(scope, receive, send)
 
-    def _check_key(self, authorization: str | None) -> None:
+    def _tenant_of(self, authorization: str | None) -> str:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise AuthenticationError("Missing API key. Send it as `Authorization: Bearer <key>`.")
         given = key.strip().encode("utf-8", "surrogateescape")
         # Every key is compared, in constant time, so that neither the match nor its place can be timed.
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        matches = [hmac.compare_digest(given, known) for known, _ in self._keys]
         if not any(matches):
             raise AuthenticationError("Incorrect API key.")
+        return self._keys[matches.index(True)].tenant
 
 
 def _is_local(host: str) -> bool:

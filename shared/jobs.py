@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from shared.entries import ErrorMarker, Usage
+from shared.settings import DEFAULT_TENANT
 from shared.text import json_bytes, parse_json
 
 ARQ_FUNCTION = "run_completion"  # the name under which arq finds the worker's function
@@ -46,11 +47,20 @@ def new_job_id() -> str:
     return f"chatcmpl-{secrets.token_hex(16)}"
 
 
+def session_key(tenant: str, session_id: str) -> str:
+    """The name of a session: `api:<id>`, as with nanobot, or `api@<tenant>:<id>`.
+
+    A tenant's name holds neither `@` nor `:`, so no id that a client makes up names a session of another tenant.
+    """
+    return f"api:{session_id}" if tenant == DEFAULT_TENANT else f"api@{tenant}:{session_id}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A validated request on its way into the queue."""
 
     job_id: str
+    tenant: str = DEFAULT_TENANT  # whose key the request came with
     session: str  # session key whose turns run one at a time, or "" if the request belongs to none
     model: str
     messages: list[dict[str, Any]]  # OpenAI chat messages, validated
@@ -65,6 +75,7 @@ class Submission:
         """What the worker needs to run the job, as JSON."""
         return json_bytes(
             {
+                "tenant": self.tenant,
                 "session": self.session,
                 "model": self.model,
                 "messages": self.messages,
@@ -77,6 +88,7 @@ class Submission:
         """What the job record says beyond what the submit script sets itself."""
         return {
             "kind": "chat",
+            "tenant": self.tenant,
             "model": self.model,
             "metadata": json_bytes(self.metadata),
             "user": self.user,
@@ -91,6 +103,7 @@ class JobRecord:
 
     job_id: str
     status: Status
+    tenant: str
     session: str
     model: str
     attempt: int  # 0 until a worker has claimed it
@@ -120,6 +133,7 @@ class JobRecord:
         return cls(
             job_id=job_id,
             status=Status(text(b"status")),
+            tenant=text(b"tenant"),
             session=text(b"session"),
             model=text(b"model"),
             attempt=number(b"attempt") or 0,

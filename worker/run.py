@@ -16,7 +16,7 @@ import structlog
 
 from shared.connection import insist
 from shared.entries import ErrorMarker, Kind, OkMarker, Tally, Usage
-from shared.jobs import ErrorCode, Status
+from shared.jobs import ErrorCode, Status, session_key
 from shared.store import Claim, Ending, JobStore
 from shared.text import json_bytes, parse_json, text_bytes
 from worker.agents.contract import Agent, AgentError, Outcome, ToolStatus, Turn
@@ -141,7 +141,7 @@ class Run:
             job_id=self.claim.job_id,
             attempt=self.claim.attempt,
             messages=request["messages"],
-            session_key=request["session"] or f"api:{self.claim.job_id}",
+            session_key=request["session"] or session_key(request["tenant"], self.claim.job_id),
             owns_history=request["owns_history"],
             model=request["model"],
             session_state=self.claim.session_state,
