@@ -69,6 +69,12 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="The largest request body; more is a 413.")
     max_file_bytes: int = Field(10 * 1024 * 1024, ge=1, description="The largest file in a request; more is a 413.")
+    max_tenant_file_bytes: int = Field(
+        1024 * 1024 * 1024, ge=1, description="What the uploaded files of one tenant may hold together; more is a 413."
+    )
+    file_ttl_s: int = Field(
+        24 * 3600, ge=1, description="How long an uploaded file is kept; `expires_after` may shorten it."
+    )
     default_session: str = Field(
         "default",
         pattern=r"^[^\x00-\x1f\x7f]{0,256}$",

@@ -1,4 +1,4 @@
-"""Whose a key is, and that tenants never share a session."""
+"""Whose a key is, and that tenants never share a session or a file."""
 
 from __future__ import annotations
 
@@ -98,6 +98,16 @@ def test_no_session_id_names_another_key(tenant: str, session_id: str) -> None:
     keys = Keys("p")
     session = session_key(tenant, session_id)
     assert keys.session(session) == f"p:session:{session}"
-    others = {keys.queue, keys.bell, keys.deadlines, keys.workers}
-    others |= {keys.job(session_id), keys.worker(session_id), keys.request(session_id), keys.stream(session_id)}
+    others = {keys.queue, keys.bell, keys.deadlines, keys.workers, keys.files(tenant), keys.file_bytes(tenant)}
+    others |= {keys.file(tenant, session_id), keys.job(session_id), keys.worker(session_id)}
+    others |= {keys.attachments(session_id), keys.request(session_id), keys.stream(session_id)}
     assert keys.session(session) not in others
+
+
+@given(TENANTS, TENANTS)
+def test_tenants_share_no_key_of_files(one: str, other: str) -> None:
+    keys = Keys("p")
+    file_id = "file-" + "0" * 32
+    names = [{keys.files(tenant), keys.file_bytes(tenant), keys.file(tenant, file_id)} for tenant in (one, other)]
+    assert len(names[0]) == 3
+    assert bool(names[0] & names[1]) is (one == other)
