@@ -1,13 +1,11 @@
 """A chat completion request: what is accepted, what is refused and why. No I/O.
 
 The fields that we know are checked strictly. Messages and all other fields are passed on as they came, so that an agent
-may heed what we do not know.
+may heed what we do not know. The files in the messages are the matter of api/attachments.py.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from typing import Annotated, Any, Literal
 
@@ -22,17 +20,15 @@ from pydantic import (
     field_validator,
 )
 
-from api.errors import InvalidRequestError, PayloadTooLargeError
+from api.errors import InvalidRequestError
 from shared.jobs import Submission, session_key
 from shared.settings import DEFAULT_TENANT
-from shared.text import text_bytes
 
 MAX_METADATA_PAIRS = 16
 MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 SessionId = Annotated[str, StringConstraints(max_length=256)]
 _CONTROL_OR_SURROGATE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-_DATA_URL = re.compile(r"data:(?P<type>[^;,]*)(?:;[^;,]*)*?;base64,(?P<data>.*)", re.DOTALL | re.IGNORECASE)
 
 
 class _Strict(BaseModel):
@@ -177,19 +173,14 @@ class ChatRequest(_Strict):
 OUR_FIELDS = frozenset(ChatRequest.model_fields) - {"user"}  # what concerns the delivery, not the answer
 
 
-def parse_chat_request(body: object, *, max_file_bytes: int) -> ChatRequest:
-    """Checks a parsed JSON body. Raises InvalidRequestError, naming the parameter, or PayloadTooLargeError."""
+def parse_chat_request(body: object) -> ChatRequest:
+    """Checks a parsed JSON body. Raises InvalidRequestError, naming the parameter."""
     if not isinstance(body, dict):
         raise InvalidRequestError("The request body must be a JSON object.")
     try:
-        request = ChatRequest.model_validate(body)
+        return ChatRequest.model_validate(body)
     except ValidationError as error:
         raise _first_error(error, body) from None
-    for index, message in enumerate(request.messages):
-        if isinstance(message, UserMessage) and not isinstance(message.content, str):
-            for part_index, part in enumerate(message.content):
-                _check_media(part, f"messages[{index}].content[{part_index}]", max_file_bytes)
-    return request
 
 
 def submission(
@@ -223,46 +214,6 @@ def submission(
         store=bool(request.store),
         request_id=request_id,
     )
-
-
-def _check_media(part: TextPart | ImagePart | AudioPart | FilePart, param: str, max_bytes: int) -> None:
-    """Refuses media that no worker could read. Raises InvalidRequestError or PayloadTooLargeError."""
-    match part:
-        case ImagePart(image_url=ImageUrl(url=url)):
-            if not url.lower().startswith("data:"):
-                raise InvalidRequestError(
-                    "Remote image URLs are not supported. Send the image as a base64 data URL or upload it as "
-                    "multipart/form-data.",
-                    param=f"{param}.image_url.url",
-                )
-            _check_base64(url, f"{param}.image_url.url", max_bytes, data_url=True)
-        case AudioPart(input_audio=Audio(data=data)):
-            _check_base64(data, f"{param}.input_audio.data", max_bytes)
-        case FilePart(file=file):
-            if file.file_data is None:
-                raise InvalidRequestError(
-                    "A file needs `file_data`, a base64 data URL.", code="unsupported_file", param=f"{param}.file"
-                )
-            is_url = file.file_data[:5].lower() == "data:"
-            _check_base64(file.file_data, f"{param}.file.file_data", max_bytes, data_url=is_url)
-
-
-def _check_base64(data: str, param: str, max_bytes: int, *, data_url: bool = False) -> None:
-    if data_url:
-        match = _DATA_URL.fullmatch(data)
-        if match is None:
-            raise InvalidRequestError(
-                f"{param} must be a data URL of the form data:<media type>;base64,<data>.", param=param
-            )
-        data = match["data"]
-    if len(data) * 3 // 4 - data[-2:].count("=") > max_bytes:
-        raise PayloadTooLargeError(f"{param} is larger than {max_bytes} bytes.", code="file_too_large", param=param)
-    try:
-        content = base64.b64decode(text_bytes(data), validate=True)
-    except binascii.Error:
-        raise InvalidRequestError(f"{param} is not valid base64.", param=param) from None
-    if not content:
-        raise InvalidRequestError(f"{param} is empty.", param=param)
 
 
 def _first_error(error: ValidationError, body: dict[str, Any]) -> InvalidRequestError:

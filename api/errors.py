@@ -7,7 +7,8 @@
     ├── PayloadTooLargeError     413
     ├── QueueFullError           429   retried by the SDKs
     ├── JobFailedError           5xx   the job ended without a whole answer; not retried by the SDKs
-    └── QueueUnreachableError    503   retried by the SDKs
+    ├── QueueUnreachableError    503   retried by the SDKs
+    └── FilesUnavailableError    503   retried by the SDKs
 
 The body is always `{"error": {"message", "type", "param", "code"}}`; nothing else has a top-level `error`.
 """
@@ -102,6 +103,14 @@ class QueueUnreachableError(ApiError):
             "The queue cannot be reached. Nothing was started; try again.",
             headers={"retry-after": str(RETRY_AFTER_S)},
         )
+
+
+class FilesUnavailableError(ApiError):
+    status = 503
+    code = "files_unavailable"
+
+    def __init__(self, message: str = "The stored files cannot be reached. Try again.") -> None:
+        super().__init__(message, headers={"retry-after": str(RETRY_AFTER_S)})
 
 
 _STATUS_OF_CODE = {

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.entries import ErrorMarker, Usage
 from shared.settings import DEFAULT_TENANT
@@ -55,6 +55,21 @@ def session_key(tenant: str, session_id: str) -> str:
     return f"api:{session_id}" if tenant == DEFAULT_TENANT else f"api@{tenant}:{session_id}"
 
 
+class Attachment(NamedTuple):
+    """What a stored request holds in the place of a file that came inside of it."""
+
+    number: int  # its place among the attachments of the job, from 0
+    media_type: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"attachment": self.number, "media_type": self.media_type}
+
+    @classmethod
+    def from_json(cls, value: object) -> Attachment | None:
+        """None for what a client can have sent: it sends text there."""
+        return cls(value["attachment"], value["media_type"]) if isinstance(value, dict) else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A validated request on its way into the queue."""
@@ -63,7 +78,7 @@ class Submission:
     tenant: str = DEFAULT_TENANT  # whose key the request came with
     session: str  # session key whose turns run one at a time, or "" if the request belongs to none
     model: str
-    messages: list[dict[str, Any]]  # OpenAI chat messages, validated
+    messages: list[dict[str, Any]]  # OpenAI chat messages, validated; their files are attachments or have an id
     owns_history: bool  # `messages` is the whole history; otherwise the session's comes before it
     params: dict[str, Any] = field(default_factory=dict)  # other OpenAI fields that an agent may heed
     metadata: dict[str, str] = field(default_factory=dict)

@@ -9,10 +9,12 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
+from tests import media_samples as samples
 from tests.deployment import Deployment, deployed
 
 TOKEN = re.compile(r"@(\d+)\.[0-9a-f]+;")
@@ -99,6 +101,21 @@ def test_a_failure_that_is_not_streamed_is_a_500(model_service: Deployment) -> N
     assert raised.value.code == "agent_error"
 
 
+def test_the_model_gets_to_see_an_uploaded_picture(model_service: Deployment, upstream_url: str) -> None:
+    token = f"token-{secrets.token_hex(8)}"
+    with model_service.client(timeout=60) as client:
+        picture = client.files.create(file=("a.png", samples.png()), purpose="vision")
+        parts = [
+            {"type": "text", "text": f"[[mock k=3 i=0]] {token}"},
+            {"type": "file", "file": {"file_id": picture.id}},
+        ]
+        messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+        client.chat.completions.create(model="endmark", messages=messages)
+    requests = httpx.get(upstream_url.removesuffix("/v1") + "/requests").json()
+    [asked] = [json.dumps(request) for request in requests if token in json.dumps(request)]
+    assert base64.b64encode(samples.png()).decode() in asked
+
+
 # -- process_direct ----------------------------------------------------------------------------------------------------
 
 
@@ -120,6 +137,7 @@ def test_an_agent_is_called_as_nanobot_calls_it(direct_service: Deployment) -> N
     assert called_with(direct_service, messages, session_id="mine") == {
         "content": "Hello you",
         "media": {},
+        "paths": None,
         "session_key": "api:mine",
         "channel": "api",
         "chat_id": "default",
