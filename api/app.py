@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from api import files
 from api.chat import create_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
@@ -24,6 +25,7 @@ from api.system import health, list_models, ready, retrieve_model
 from api.tail import Switchboard
 from shared import logs
 from shared.connection import connect
+from shared.files import FileStore
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.sweeper import sweep_forever
@@ -45,7 +47,11 @@ def create_app(settings: Settings | None = None) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         app.state.services = Services(
-            settings=settings, store=store, switchboard=switchboard, started_s=int(time.time())
+            settings=settings,
+            store=store,
+            files=FileStore(store.redis, settings),
+            switchboard=switchboard,
+            started_s=int(time.time()),
         )
         async with switchboard:
             sweeper = asyncio.create_task(sweep_forever(store))
@@ -71,6 +77,11 @@ def create_app(settings: Settings | None = None) -> Starlette:
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", create_completion, methods=["POST"]),
+            Route("/v1/files", files.create, methods=["POST"]),
+            Route("/v1/files", files.list_page, methods=["GET"]),
+            Route("/v1/files/{file_id}", files.retrieve, methods=["GET"]),
+            Route("/v1/files/{file_id}", files.delete, methods=["DELETE"]),
+            Route("/v1/files/{file_id}/content", files.content),
             Route("/v1/models", list_models),
             Route("/v1/models/{model:path}", retrieve_model),
             Route("/health", health),

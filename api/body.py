@@ -1,9 +1,11 @@
-"""Reads a request body, JSON or multipart, within limits."""
+"""Reads a request body, JSON or a form, within limits."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import mimetypes
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from python_multipart.multipart import parse_options_header
@@ -13,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 from api.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
+from api.media import audio_format, check_filename, identify
 from shared.settings import Settings
 from shared.text import parse_json
 
@@ -26,15 +29,11 @@ async def read_chat_body(request: Request, settings: Settings) -> Any:
 
     Raises PayloadTooLargeError before more than the limit has been read, and InvalidRequestError.
     """
-    limit = settings.max_body_bytes
-    if int(request.headers.get("content-length") or 0) > limit:
-        raise _too_large(limit)
-    _limit_body(request, limit)
-    content_type, options = parse_options_header(request.headers.get("content-type", ""))
+    content_type, _ = parse_options_header(request.headers.get("content-type", ""))
     if content_type.lower() == b"multipart/form-data":
-        if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
-            raise InvalidRequestError("A form must be encoded in UTF-8.", code="invalid_form")
-        return await _read_form(request, settings)
+        async with open_form(request, settings.max_body_bytes) as form:
+            return await _form_to_json(form, settings.max_file_bytes)
+    _limit_body(request, settings.max_body_bytes)
     try:
         return parse_json(await request.body())
     except ClientDisconnect as error:
@@ -48,7 +47,9 @@ def _too_large(limit: int) -> PayloadTooLargeError:
 
 
 def _limit_body(request: Request, limit: int) -> None:
-    """Makes reading the body raise as soon as it exceeds the limit, whatever its declared length."""
+    """Refuses a body that is declared too large, and makes reading it raise as soon as it is."""
+    if int(request.headers.get("content-length") or 0) > limit:
+        raise _too_large(limit)
     receive, received = request.receive, 0
 
     async def limited_receive() -> Message:
@@ -62,16 +63,32 @@ def _limit_body(request: Request, limit: int) -> None:
     request._receive = limited_receive
 
 
-async def _read_form(request: Request, settings: Settings) -> dict[str, Any]:
+@asynccontextmanager
+async def open_form(request: Request, limit: int) -> AsyncIterator[FormData]:
+    """The fields and files of a form, which are gone when the block ends. `limit` is that of the whole body, in bytes.
+
+    Raises PayloadTooLargeError before more than the limit has been read, and InvalidRequestError.
+    """
+    _limit_body(request, limit)
+    _, options = parse_options_header(request.headers.get("content-type", ""))
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):  # some of Python's codecs are quadratic
+        raise InvalidRequestError("A form must be encoded in UTF-8.", code="invalid_form")
     try:
-        async with request.form(
-            max_files=MAX_FORM_FILES, max_fields=MAX_FORM_FIELDS, max_part_size=settings.max_body_bytes
-        ) as form:
-            return await _form_to_json(form, settings.max_file_bytes)
+        async with request.form(max_files=MAX_FORM_FILES, max_fields=MAX_FORM_FIELDS, max_part_size=limit) as form:
+            yield form
     except ClientDisconnect as error:
         raise ClientGoneError from error
     except HTTPException as error:  # how Starlette reports a malformed form
         raise InvalidRequestError(f"The form cannot be read: {error.detail}", code="invalid_form") from error
+
+
+async def read_file(upload: UploadFile, max_bytes: int, *, param: str) -> bytes:
+    """The content of a form's file. Raises PayloadTooLargeError."""
+    if upload.size is not None and upload.size > max_bytes:
+        raise PayloadTooLargeError(
+            f"The file {upload.filename!r} is larger than {max_bytes} bytes.", code="file_too_large", param=param
+        )
+    return await upload.read()
 
 
 async def _form_to_json(form: FormData, max_file_bytes: int) -> dict[str, Any]:
@@ -84,13 +101,8 @@ async def _form_to_json(form: FormData, max_file_bytes: int) -> dict[str, Any]:
     for value in form.getlist("files"):
         if not isinstance(value, UploadFile):
             raise InvalidRequestError("`files` must hold files.", param="files")
-        if value.size is not None and value.size > max_file_bytes:
-            raise PayloadTooLargeError(
-                f"The file {value.filename!r} is larger than {max_file_bytes} bytes.",
-                code="file_too_large",
-                param="files",
-            )
-        parts.append(_file_part(value.filename or "upload.bin", value.content_type, await value.read()))
+        content = await read_file(value, max_file_bytes, param="files")
+        parts.append(await asyncio.to_thread(_file_part, value.filename, value.content_type, content))
     body: dict[str, Any] = {"messages": [{"role": "user", "content": parts}]}
     for name in ("session_id", "model"):
         if text := fields.get(name, "").strip():
@@ -102,11 +114,15 @@ async def _form_to_json(form: FormData, max_file_bytes: int) -> dict[str, Any]:
     return body
 
 
-def _file_part(filename: str, content_type: str | None, content: bytes) -> dict[str, Any]:
-    media_type = content_type or mimetypes.guess_type(filename)[0] or "application/octet-stream"
-    if ";" in media_type:
-        media_type = media_type.partition(";")[0].strip()
-    url = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+def _file_part(filename: str | None, content_type: str | None, content: bytes) -> dict[str, Any]:
+    """The part of a message that carries this file. Raises InvalidRequestError."""
+    if filename:
+        check_filename(filename, param="files")
+    media_type = identify(content, declared=content_type, filename=filename, param="files")
+    data = base64.b64encode(content).decode()
+    if media_type.startswith("audio/"):
+        return {"type": "input_audio", "input_audio": {"data": data, "format": audio_format(media_type)}}
+    url = f"data:{media_type};base64,{data}"
     if media_type.startswith("image/"):
         return {"type": "image_url", "image_url": {"url": url}}
-    return {"type": "file", "file": {"filename": filename, "file_data": url}}
+    return {"type": "file", "file": {"filename": filename or None, "file_data": url}}

@@ -13,15 +13,25 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from api.attachments import Detached, detach, media_parts
 from api.body import read_chat_body
 from api.chat_request import ChatRequest, parse_chat_request, submission
 from api.chunks import PING, ChunkEncoder, completion, error_frame
-from api.errors import ClientGoneError, JobFailedError, NotFoundError, QueueFullError, QueueUnreachableError
+from api.errors import (
+    ClientGoneError,
+    FilesUnavailableError,
+    JobFailedError,
+    NotFoundError,
+    PayloadTooLargeError,
+    QueueFullError,
+    QueueUnreachableError,
+)
 from api.relay import INCOMPLETE, Relay
 from api.services import Services, services_of
 from api.tail import StreamExpiredError, StreamUnreachableError, Tail, TailError
 from shared.connection import FAILURES, FIRST_RETRY_S, passes
 from shared.entries import Entry, ErrorMarker, OkMarker
+from shared.files import FileStoreFullError
 from shared.jobs import ErrorCode, Submission, new_job_id
 from shared.store import QueueFullError as StoreQueueFullError
 from shared.text import json_bytes
@@ -44,32 +54,67 @@ async def create_completion(request: Request) -> Response:
     services = services_of(request)
     settings = services.settings
     body = await read_chat_body(request, settings)
-    chat = parse_chat_request(body, max_file_bytes=settings.max_file_bytes)
+    chat = parse_chat_request(body)
     if chat.model and chat.model != settings.model_name:
         raise NotFoundError(
             f"The model {chat.model!r} does not exist. This deployment serves {settings.model_name!r}.",
             code="model_not_found",
             param="model",
         )
+    tenant: str = request.scope["tenant"]
+    detached = Detached(messages=body["messages"])
+    if parts := media_parts(chat):  # decoding and looking at megabytes would hold up the streams of others
+        detached = await asyncio.to_thread(detach, body["messages"], parts, max_file_bytes=settings.max_file_bytes)
+    await _check_uploaded(services, tenant, detached)
     job = submission(
         chat,
-        body,
+        body | {"messages": detached.messages},
         job_id=new_job_id(),
         model=settings.model_name,
         default_session=settings.default_session,
         request_id=request.scope["request_id"],
+        tenant=tenant,
     )
-    await _submit(services, job)
+    await _submit(services, job, detached.attachments)
     answer = Answer(services, job, chat)
     if chat.stream:
         return StreamedAnswer(answer)
     return await answer.whole(request.receive)
 
 
-async def _submit(services: Services, job: Submission) -> None:
-    """Raises InvalidRequestError, QueueFullError or QueueUnreachableError."""
+async def _check_uploaded(services: Services, tenant: str, detached: Detached) -> None:
+    """Raises NotFoundError, naming the parameter, for a file that the tenant does not have, and PayloadTooLargeError.
+
+    A worker holds all files of a turn at once, so together they may be as large as a body that carries them.
+    """
+    if not detached.uploaded:
+        return
     try:
+        files = await services.files.find(tenant, [uploaded.file_id for uploaded in detached.uploaded])
+    except FAILURES as error:
+        if not passes(error):
+            raise
+        raise FilesUnavailableError from error
+    size = sum(len(attachment) for attachment in detached.attachments)
+    for uploaded, file in zip(detached.uploaded, files, strict=True):
+        if file is None:
+            raise NotFoundError(f"No such file: {uploaded.file_id[:50]!r}", code="file_not_found", param=uploaded.param)
+        size += file.size
+    if size > services.settings.max_body_bytes:
+        raise PayloadTooLargeError(
+            f"The files of the request are larger than {services.settings.max_body_bytes} bytes together.",
+            param="messages",
+        )
+
+
+async def _submit(services: Services, job: Submission, attachments: list[bytes]) -> None:
+    """Raises QueueFullError, QueueUnreachableError or FilesUnavailableError."""
+    try:
+        if attachments:
+            await services.files.attach(job.job_id, attachments)
         await _submit_once(services, job)
+    except FileStoreFullError as error:
+        raise FilesUnavailableError("The files of the request cannot be stored now.") from error
     except StoreQueueFullError as error:
         message = "The session has too many unfinished turns." if error.of_session else "Too many requests are waiting."
         raise QueueFullError(message) from error
@@ -78,7 +123,7 @@ async def _submit(services: Services, job: Submission) -> None:
             raise
         log.warning("submit_failed", job=job.job_id, reason=str(error))
         raise QueueUnreachableError(may_have_started=not _was_never_sent(error)) from error
-    log.info("job_accepted", job=job.job_id, session=job.session or None)
+    log.info("job_accepted", job=job.job_id, tenant=job.tenant, session=job.session or None)
 
 
 async def _submit_once(services: Services, job: Submission) -> None:

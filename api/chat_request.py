@@ -1,13 +1,11 @@
 """A chat completion request: what is accepted, what is refused and why. No I/O.
 
 The fields that we know are checked strictly. Messages and all other fields are passed on as they came, so that an agent
-may heed what we do not know.
+may heed what we do not know. The files in the messages are the matter of api/attachments.py.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from typing import Annotated, Any, Literal
 
@@ -22,9 +20,9 @@ from pydantic import (
     field_validator,
 )
 
-from api.errors import InvalidRequestError, PayloadTooLargeError
-from shared.jobs import Submission
-from shared.text import text_bytes
+from api.errors import InvalidRequestError
+from shared.jobs import Submission, session_key
+from shared.settings import DEFAULT_TENANT
 
 MAX_ELEMENTS = 10_000  # messages, and parts and tool calls of all messages together
 MAX_METADATA_PAIRS = 16
@@ -32,7 +30,6 @@ MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 SessionId = Annotated[str, StringConstraints(max_length=256)]
 _CONTROL_OR_SURROGATE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-MAX_DATA_URL_HEAD = 200  # characters before the comma: media type and parameters
 
 
 class _Strict(BaseModel):
@@ -178,20 +175,15 @@ class ChatRequest(_Strict):
 OUR_FIELDS = frozenset(ChatRequest.model_fields) - {"user"}  # what concerns the delivery, not the answer
 
 
-def parse_chat_request(body: object, *, max_file_bytes: int) -> ChatRequest:
-    """Checks a parsed JSON body. Raises InvalidRequestError, naming the parameter, or PayloadTooLargeError."""
+def parse_chat_request(body: object) -> ChatRequest:
+    """Checks a parsed JSON body. Raises InvalidRequestError, naming the parameter."""
     if not isinstance(body, dict):
         raise InvalidRequestError("The request body must be a JSON object.")
     _refuse_excess(body)
     try:
-        request = ChatRequest.model_validate(body)
+        return ChatRequest.model_validate(body)
     except ValidationError as error:
         raise _first_error(error) from None
-    for index, message in enumerate(request.messages):
-        if isinstance(message, UserMessage) and not isinstance(message.content, str):
-            for part_index, part in enumerate(message.content):
-                _check_media(part, f"messages[{index}].content[{part_index}]", max_file_bytes)
-    return request
 
 
 def _refuse_excess(body: dict[str, Any]) -> None:
@@ -211,7 +203,14 @@ def _refuse_excess(body: dict[str, Any]) -> None:
 
 
 def submission(
-    request: ChatRequest, body: dict[str, Any], *, job_id: str, model: str, default_session: str, request_id: str
+    request: ChatRequest,
+    body: dict[str, Any],
+    *,
+    job_id: str,
+    model: str,
+    default_session: str,
+    request_id: str,
+    tenant: str = DEFAULT_TENANT,
 ) -> Submission:
     """The job that a checked request asks for.
 
@@ -223,7 +222,8 @@ def submission(
     session_id = request.session_id or (default_session if alone else "")
     return Submission(
         job_id=job_id,
-        session=f"api:{session_id}" if session_id else "",
+        tenant=tenant,
+        session=session_key(tenant, session_id) if session_id else "",
         model=model,
         messages=body["messages"],
         owns_history=not session_id,
@@ -233,45 +233,6 @@ def submission(
         store=bool(request.store),
         request_id=request_id,
     )
-
-
-def _check_media(part: TextPart | ImagePart | AudioPart | FilePart, param: str, max_bytes: int) -> None:
-    """Refuses media that no worker could read. Raises InvalidRequestError or PayloadTooLargeError."""
-    match part:
-        case ImagePart(image_url=ImageUrl(url=url)):
-            if not url.lower().startswith("data:"):
-                raise InvalidRequestError(
-                    "Remote image URLs are not supported. Send the image as a base64 data URL or upload it as "
-                    "multipart/form-data.",
-                    param=f"{param}.image_url.url",
-                )
-            _check_base64(url, f"{param}.image_url.url", max_bytes, data_url=True)
-        case AudioPart(input_audio=Audio(data=data)):
-            _check_base64(data, f"{param}.input_audio.data", max_bytes)
-        case FilePart(file=file):
-            if file.file_data is None:
-                raise InvalidRequestError(
-                    "A file needs `file_data`, a base64 data URL.", code="unsupported_file", param=f"{param}.file"
-                )
-            is_url = file.file_data[:5].lower() == "data:"
-            _check_base64(file.file_data, f"{param}.file.file_data", max_bytes, data_url=is_url)
-
-
-def _check_base64(data: str, param: str, max_bytes: int, *, data_url: bool = False) -> None:
-    if data_url:
-        head, comma, data = data.partition(",")
-        if not comma or len(head) > MAX_DATA_URL_HEAD or not head.lower().endswith(";base64"):
-            raise InvalidRequestError(
-                f"{param} must be a data URL of the form data:<media type>;base64,<data>.", param=param
-            )
-    if len(data) * 3 // 4 - data[-2:].count("=") > max_bytes:
-        raise PayloadTooLargeError(f"{param} is larger than {max_bytes} bytes.", code="file_too_large", param=param)
-    try:
-        content = base64.b64decode(text_bytes(data), validate=True)
-    except binascii.Error:
-        raise InvalidRequestError(f"{param} is not valid base64.", param=param) from None
-    if not content:
-        raise InvalidRequestError(f"{param} is empty.", param=param)
 
 
 def _first_error(error: ValidationError) -> InvalidRequestError:

@@ -9,7 +9,8 @@
     ├── PayloadTooLargeError     413
     ├── QueueFullError           429   retried by the SDKs
     ├── JobFailedError           5xx   the job ended without a whole answer; not retried by the SDKs
-    └── QueueUnreachableError    503   retried by the SDKs
+    ├── QueueUnreachableError    503   retried by the SDKs
+    └── FilesUnavailableError    503   retried by the SDKs
 
 The body is always `{"error": {"message", "type", "param", "code"}}`; nothing else has a top-level `error`.
 """
@@ -114,6 +115,14 @@ class ForbiddenError(ApiError):
     status = 403
     type = "invalid_request_error"
     code = "forbidden"
+
+
+class FilesUnavailableError(ApiError):
+    status = 503
+    code = "files_unavailable"
+
+    def __init__(self, message: str = "The stored files cannot be reached. Try again.") -> None:
+        super().__init__(message, headers={"retry-after": str(RETRY_AFTER_S)})
 
 
 _STATUS_OF_CODE = {

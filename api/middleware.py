@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ApiError, AuthenticationError, ClientGoneError, ForbiddenError, PayloadTooLargeError
-from shared.settings import Settings, is_loopback
+from shared.settings import DEFAULT_TENANT, Settings, is_loopback
 
 log = structlog.get_logger(__name__)
 
@@ -102,34 +102,37 @@ class UploadRefusal:
 
 
 class AuthMiddleware:
-    """Asks for a bearer key. Without configured keys only programs of this machine are served: no others, no web pages.
+    """Asks for a bearer key, and tells whose it is in `scope["tenant"]`.
 
-    A web page of anywhere may send requests to a loopback address, and may read the answers if it makes its own host
-    name point there; it cannot choose `Host` and `Origin`.
+    Without configured keys only programs of this machine are served: no others, no web pages. A web page of anywhere
+    may send requests to a loopback address, and may read the answers if it makes its own host name point there; it
+    cannot choose `Host` and `Origin`.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self._keys = settings.secret_keys
+        self._keys = settings.tenant_keys
         self._origins = frozenset(settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            scope["tenant"] = DEFAULT_TENANT
             if self._keys:
-                self._check_key(Headers(scope=scope).get("authorization"))
+                scope["tenant"] = self._tenant_of(Headers(scope=scope).get("authorization"))
             else:
                 self._check_locality(scope)
         await self.app(scope, receive, send)
 
-    def _check_key(self, authorization: str | None) -> None:
+    def _tenant_of(self, authorization: str | None) -> str:
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise AuthenticationError("Missing API key. Send it as `Authorization: Bearer <key>`.")
         given = key.strip().encode("latin-1")  # the bytes that were sent: ASGI servers decode headers so
         # Every key is compared, in constant time, so that neither the match nor its place can be timed.
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        matches = [hmac.compare_digest(given, known) for known, _ in self._keys]
         if not any(matches):
             raise AuthenticationError("Incorrect API key.")
+        return self._keys[matches.index(True)].tenant
 
     def _check_locality(self, scope: Scope) -> None:
         headers = Headers(scope=scope)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from api.tail import Switchboard
+from shared.files import FileStore
 from shared.settings import Settings
 from shared.store import JobStore
 
@@ -15,6 +16,7 @@ from shared.store import JobStore
 class Services:
     settings: Settings
     store: JobStore
+    files: FileStore
     switchboard: Switchboard
     started_s: int  # when this process started, seconds since the epoch
 

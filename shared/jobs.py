@@ -6,9 +6,10 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.entries import ErrorMarker, Usage
+from shared.settings import DEFAULT_TENANT
 from shared.text import json_bytes, parse_json
 
 ARQ_FUNCTION = "run_completion"  # the name under which arq finds the worker's function
@@ -46,14 +47,38 @@ def new_job_id() -> str:
     return f"chatcmpl-{secrets.token_hex(16)}"
 
 
+def session_key(tenant: str, session_id: str) -> str:
+    """The name of a session: `api:<id>`, as with nanobot, or `api@<tenant>:<id>`.
+
+    A tenant's name holds neither `@` nor `:`, so no id that a client makes up names a session of another tenant.
+    """
+    return f"api:{session_id}" if tenant == DEFAULT_TENANT else f"api@{tenant}:{session_id}"
+
+
+class Attachment(NamedTuple):
+    """What a stored request holds in the place of a file that came inside of it."""
+
+    number: int  # its place among the attachments of the job, from 0
+    media_type: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"attachment": self.number, "media_type": self.media_type}
+
+    @classmethod
+    def from_json(cls, value: object) -> Attachment | None:
+        """None for what a client can have sent: it sends text there."""
+        return cls(value["attachment"], value["media_type"]) if isinstance(value, dict) else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A validated request on its way into the queue."""
 
     job_id: str
+    tenant: str = DEFAULT_TENANT  # whose key the request came with
     session: str  # session key whose turns run one at a time, or "" if the request belongs to none
     model: str
-    messages: list[dict[str, Any]]  # OpenAI chat messages, validated
+    messages: list[dict[str, Any]]  # OpenAI chat messages, validated; their files are attachments or have an id
     owns_history: bool  # `messages` is the whole history; otherwise the session's comes before it
     params: dict[str, Any] = field(default_factory=dict)  # other OpenAI fields that an agent may heed
     metadata: dict[str, str] = field(default_factory=dict)
@@ -65,6 +90,7 @@ class Submission:
         """What the worker needs to run the job, as JSON."""
         return json_bytes(
             {
+                "tenant": self.tenant,
                 "session": self.session,
                 "model": self.model,
                 "messages": self.messages,
@@ -77,6 +103,7 @@ class Submission:
         """What the job record says beyond what the submit script sets itself."""
         return {
             "kind": "chat",
+            "tenant": self.tenant,
             "model": self.model,
             "metadata": json_bytes(self.metadata),
             "user": self.user,
@@ -91,6 +118,7 @@ class JobRecord:
 
     job_id: str
     status: Status
+    tenant: str
     session: str
     model: str
     attempt: int  # 0 until a worker has claimed it
@@ -120,6 +148,7 @@ class JobRecord:
         return cls(
             job_id=job_id,
             status=Status(text(b"status")),
+            tenant=text(b"tenant"),
             session=text(b"session"),
             model=text(b"model"),
             attempt=number(b"attempt") or 0,

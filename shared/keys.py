@@ -14,11 +14,15 @@ from arq.constants import job_key_prefix, retry_key_prefix
 _PER_ID = {
     "job_key": "%s:{%s}:job",  # hash: the job record
     "request_key": "%s:{%s}:request",  # string: the request, as JSON
+    "attachments_key": "%s:{%s}:attachments",  # list: the files that came inside of the request
     "stream_key": "%s:{%s}:stream",  # stream: what the agent said, and how it ended
     "stream_channel": "%s:{%s}:stream",  # pub/sub: every entry of that stream, as it is appended
     # What follows the kind is the session's own name, whatever it holds: no other key begins like these two.
     "turns_key": "%s:turns:%s",  # list: ids of a session's unfinished turns, oldest first; the head may run
     "session_key": "%s:session:%s",  # string: the session state, as the last whole turn left it
+    "file_key": "%s:file:%s",  # hash: an uploaded file, by `tenant:file id`
+    "files_key": "%s:files:%s",  # sorted set: `file id:size` of a tenant's files, by the instant they expire
+    "file_bytes_key": "%s:file-bytes:%s",  # string: what these hold together
     "worker_key": "%s:worker:%s",  # hash: who the worker is
     "worker_jobs_key": "%s:worker:%s:jobs",  # set: ids of the jobs whose attempt may still be executing there
     "worker_channel": "%s:worker:%s",  # pub/sub: orders to that worker
@@ -59,6 +63,9 @@ class Keys:
     def request(self, job_id: str) -> str:
         return _PER_ID["request_key"] % (self.prefix, job_id)
 
+    def attachments(self, job_id: str) -> str:
+        return _PER_ID["attachments_key"] % (self.prefix, job_id)
+
     def stream(self, job_id: str) -> str:
         return _PER_ID["stream_key"] % (self.prefix, job_id)
 
@@ -70,6 +77,15 @@ class Keys:
 
     def session(self, session: str) -> str:
         return _PER_ID["session_key"] % (self.prefix, session)
+
+    def file(self, tenant: str, file_id: str) -> str:
+        return _PER_ID["file_key"] % (self.prefix, f"{tenant}:{file_id}")
+
+    def files(self, tenant: str) -> str:
+        return _PER_ID["files_key"] % (self.prefix, tenant)
+
+    def file_bytes(self, tenant: str) -> str:
+        return _PER_ID["file_bytes_key"] % (self.prefix, tenant)
 
     def worker(self, worker_id: str) -> str:
         return _PER_ID["worker_key"] % (self.prefix, worker_id)

@@ -11,7 +11,9 @@ from typing import Literal
 
 from shared.keys import lua_names
 
-ScriptName = Literal["submit", "claim", "finish", "end", "release", "beat", "retire", "sweep"]
+ScriptName = Literal[
+    "submit", "claim", "finish", "end", "release", "beat", "retire", "sweep", "put_file", "delete_file"
+]
 
 
 @cache

@@ -5,18 +5,29 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from ipaddress import ip_address
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DEFAULT_TENANT = "default"  # of keys without a name, and of a deployment without keys
+_TENANT = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+
+class TenantKey(NamedTuple):
+    """An API key, and whose it is. Several keys may be one tenant's, so that it can change its key."""
+
+    key: bytes  # compared with what a client sends, in constant time
+    tenant: str
 
 
 class Settings(BaseSettings):
     """The configuration of one process. Building it raises `pydantic.ValidationError` on a bad value."""
 
-    model_config = SettingsConfigDict(env_prefix="ENDMARK_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="ENDMARK_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
@@ -38,7 +49,9 @@ class Settings(BaseSettings):
     openai_model: str = Field("gpt-5-mini", min_length=1, description="The model that the `openai` agent asks.")
 
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        (), description="Bearer keys, comma-separated. Required as soon as `HOST` is not a loopback address."
+        (),
+        description="Bearer keys, comma-separated. `name:key` belongs to the tenant `name`, a key without a name "
+        "to the tenant `default`. Required as soon as `HOST` is not a loopback address.",
     )
     host: str = Field("127.0.0.1", description="The address that the API binds.")
     port: int = Field(8900, ge=0, le=65535, description="The port that the API binds; 0 takes a free one.")
@@ -58,6 +71,12 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(10 * 1024 * 1024, ge=1, description="The largest file in a request; more is a 413.")
     max_answer_bytes: int = Field(
         64 * 1024 * 1024, ge=1024, description="The most that an agent may say in one job; more fails it."
+    )
+    max_tenant_file_bytes: int = Field(
+        1024 * 1024 * 1024, ge=1, description="What the uploaded files of one tenant may hold together; more is a 413."
+    )
+    file_ttl_s: int = Field(
+        24 * 3600, ge=1, description="How long an uploaded file is kept; `expires_after` may shorten it."
     )
     default_session: str = Field(
         "default",
@@ -92,6 +111,22 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_belong_to_somebody(cls, entries: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        """Neither a misspelt name nor a key of two tenants is found out by a request that should have been refused."""
+        owners: dict[bytes, str] = {}
+        for number, entry in enumerate(entries, start=1):
+            key, tenant = _tenant_key(entry)
+            if not key or not _TENANT.fullmatch(tenant):
+                raise ValueError(
+                    f"entry {number} must be a key without a colon, or name:key with a name of a-z, 0-9 and _ that "
+                    "begins with a letter"
+                )
+            if owners.setdefault(key, tenant) != tenant:
+                raise ValueError(f"the key of entry {number} belongs to two tenants")
+        return entries
+
     @model_validator(mode="after")
     def _require_keys_beyond_loopback(self) -> Settings:
         if not self.api_keys and not is_loopback(self.host):
@@ -102,9 +137,14 @@ class Settings(BaseSettings):
         return self
 
     @cached_property
-    def secret_keys(self) -> tuple[bytes, ...]:
-        """The API keys as bytes, for constant-time comparison."""
-        return tuple(key.get_secret_value().encode() for key in self.api_keys)
+    def tenant_keys(self) -> tuple[TenantKey, ...]:
+        """Every API key with its tenant."""
+        return tuple(_tenant_key(entry) for entry in self.api_keys)
+
+
+def _tenant_key(entry: SecretStr) -> TenantKey:
+    name, colon, key = entry.get_secret_value().partition(":")
+    return TenantKey(key.encode(), name) if colon else TenantKey(name.encode(), DEFAULT_TENANT)
 
 
 def is_loopback(host: str) -> bool:

@@ -98,8 +98,8 @@ class Deployment:
         defaults: dict[str, Any] = {"base_url": f"{self.base_url}/v1", "api_key": KEY, "max_retries": 0, "timeout": 30}
         return openai.AsyncOpenAI(**(defaults | options))
 
-    def http(self, **options: Any) -> httpx.Client:
-        headers = {"authorization": f"Bearer {KEY}"}
+    def http(self, *, key: str = KEY, **options: Any) -> httpx.Client:
+        headers = {"authorization": f"Bearer {key}"}
         return httpx.Client(base_url=self.base_url, headers=headers, timeout=30, **options)
 
     # -- looking into it -----------------------------------------------------------------------------------------------

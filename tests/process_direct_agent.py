@@ -30,7 +30,8 @@ class ProcessDirectAgent:
     ) -> str:
         called = {
             "content": content,
-            "media": {Path(path).name: Path(path).read_text() for path in media or []},
+            "media": {Path(path).name: Path(path).read_bytes().decode("latin-1") for path in media or []},
+            "paths": media,
             "session_key": session_key,
             "channel": channel,
             "chat_id": chat_id,

@@ -16,10 +16,12 @@ fail= (at token `at`, default k//2):
   hang     stop for ever, keep the socket     length | content_filter   that finish_reason, then [DONE]
   nodone   finish_reason=stop, no [DONE]      empty    200 OK, finish_reason=stop, no more content
   status<NNN>  answer HTTP NNN instead of streaming (status500, status429, status401, ...)
+With a tool, what fails is not the request that calls it, but the one that brings its result.
 times=N id=X   fail only the first N requests that carry id X (to watch retries)
 
 Every token is `@<seq>.<CLOCK_MONOTONIC ns in hex>; `, stamped when it is written to the socket: a reader on the same
-machine subtracts the stamp from its own clock. GET /stats returns counters, POST /reset zeroes them.
+machine subtracts the stamp from its own clock. GET /stats returns counters, GET /requests the bodies of all completion
+requests, POST /reset forgets both.
 
 Run it alone with `python -m tests.upstream --port 9100`, or in a test: `async with scripted_upstream() as upstream`.
 """
@@ -193,8 +195,11 @@ class _Connection(asyncio.Protocol):
             self.answering = asyncio.get_running_loop().create_task(self._complete(self.body))
         elif path == b"/stats":
             self._answer(200, dict(self.upstream.stats))
+        elif path == b"/requests":
+            self._answer(200, self.upstream.requests)
         elif path == b"/reset":
             self.upstream.stats.clear()
+            self.upstream.requests.clear()
             self._answer(200, {})
         elif path.endswith(b"/models"):
             self._answer(200, {"object": "list", "data": [{"id": "mock", "object": "model"}]})
@@ -217,11 +222,11 @@ class _Connection(asyncio.Protocol):
             self.upstream.runs_of_id[script.fail_id] += 1
             if self.upstream.runs_of_id[script.fail_id] > script.fail_times:
                 self.fail = ""
-        if self.fail.startswith("status"):
+        calls_tool = script.tool is not None and not tool_was_answered(request.get("messages", []))
+        if self.fail.startswith("status") and not calls_tool:
             code = int(self.fail.removeprefix("status"))
             self._answer(code, {"error": {"message": f"scripted {code}", "type": "mock", "code": code}})
             return
-        calls_tool = script.tool is not None and not tool_was_answered(request.get("messages", []))
         if request.get("stream"):
             await self._stream(request.get("model", "mock"), calls_tool=calls_tool)
         else:

@@ -24,6 +24,7 @@ from arq.worker import Worker, func
 
 from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, wait_for_redis
 from shared.entries import ErrorMarker
+from shared.files import FileStore
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
 from shared.settings import Settings
@@ -69,6 +70,7 @@ class QueueWorker(Worker):
         self.settings = settings
         self.agent = agent
         self.store = JobStore(connect(settings), settings)
+        self.files = FileStore(self.store.redis, settings)
         self.worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
         self.publisher = Publisher(self.store, self.worker_id)
         self.runs: dict[str, Run] = {}
@@ -188,7 +190,7 @@ class QueueWorker(Worker):
             pass
 
     def _start(self, claim: Claim) -> None:
-        run = Run(claim, self.agent, self.store, self.publisher, self.worker_id)
+        run = Run(claim, self.agent, self.store, self.files, self.publisher, self.worker_id)
         earlier = self.tasks.get(claim.job_id)  # this worker's own attempt, if it lost its lease meanwhile
         if earlier is not None:
             self.runs[claim.job_id].stop(Stop.ENDED_OUTSIDE)

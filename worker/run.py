@@ -16,10 +16,12 @@ import structlog
 
 from shared.connection import insist
 from shared.entries import ErrorMarker, Kind, OkMarker, Tally, Usage
-from shared.jobs import ErrorCode, Status
+from shared.files import FileStore
+from shared.jobs import ErrorCode, Status, session_key
 from shared.store import Claim, Ending, JobStore
 from shared.text import json_bytes, parse_json, text_bytes
 from worker.agents.contract import Agent, AgentError, FinishReason, Outcome, ToolStatus, Turn
+from worker.attachments import with_files
 from worker.publisher import AttemptLog, AttemptLostError, Loss, Publisher
 
 log = structlog.get_logger(__name__)
@@ -102,10 +104,19 @@ class StreamVoice:
 class Run:
     """One attempt on this worker, from its claim to its release."""
 
-    def __init__(self, claim: Claim, agent: Agent, store: JobStore, publisher: Publisher, worker_id: str) -> None:
+    def __init__(
+        self,
+        claim: Claim,
+        agent: Agent,
+        store: JobStore,
+        files: FileStore,
+        publisher: Publisher,
+        worker_id: str,
+    ) -> None:
         self.claim = claim
         self._agent = agent
         self._store = store
+        self._files = files
         self._worker_id = worker_id
         self._settings = store.settings
         self._stop: Stop | None = None
@@ -153,11 +164,12 @@ class Run:
         if self.claim.request is None:
             raise AgentError("The request is no longer stored.")
         request = parse_json(self.claim.request)
+        tenant: str = request["tenant"]
         turn = Turn(
             job_id=self.claim.job_id,
             attempt=self.claim.attempt,
-            messages=request["messages"],
-            session_key=request["session"] or f"api:{self.claim.job_id}",
+            messages=await with_files(request["messages"], self._files, tenant, self.claim.job_id),
+            session_key=request["session"] or session_key(tenant, self.claim.job_id),
             owns_history=request["owns_history"],
             model=request["model"],
             session_state=self.claim.session_state,

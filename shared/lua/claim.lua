@@ -28,7 +28,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
     redis.call('ZADD', deadlines, deadline, id)
     redis.call('SADD', worker_jobs_key(worker), id)
     redis.call('PEXPIRE', worker_jobs_key(worker), ARGV[5])
-    for _, key in ipairs({job_key(id), request_key(id), stream_key(id), arq_job_key(id)}) do
+    for _, key in ipairs({job_key(id), request_key(id), attachments_key(id), stream_key(id), arq_job_key(id)}) do
       redis.call('PEXPIRE', key, ARGV[5])
     end
     local state = job[4] ~= '' and redis.call('GET', session_key(job[4])) -- false: none

@@ -16,6 +16,7 @@ redis.call('HSET', KEYS[1], 'status', 'queued', 'session', session, 'attempt', '
            'accepted_ms', int(now), 'deadline_ms', int(deadline), unpack(ARGV, 10))
 redis.call('PEXPIRE', KEYS[1], ttl_ms)
 redis.call('SET', request_key(id), ARGV[5], 'PX', ttl_ms)
+redis.call('PEXPIRE', attachments_key(id), ttl_ms)
 redis.call('SET', arq_job_key(id), ARGV[4], 'PX', ttl_ms)
 redis.call('ZADD', deadlines, int(deadline), id)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator
 
 import pytest
 
-from tests.deployment import Deployment, deployed
+from tests.deployment import Deployment, deployed, free_port
+from tests.processes import running
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,16 @@ def impatient(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Itera
         heartbeat_interval_s=0.5,
     ) as deployment:
         yield deployment
+
+
+@pytest.fixture(scope="module")
+def upstream_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A scripted model, see tests/upstream.py."""
+    port = free_port()
+    command = [sys.executable, "-m", "tests.upstream", "--port", str(port)]
+    with running(command, folder=tmp_path_factory.mktemp("upstream")) as upstream:
+        upstream.wait_for_output("scripted model on")
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 @pytest.fixture(autouse=True)

@@ -6,28 +6,18 @@ import base64
 import json
 import re
 import secrets
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from tests.deployment import Deployment, deployed, free_port
-from tests.processes import running
+from tests import media_samples as samples
+from tests.deployment import Deployment, deployed
 
 TOKEN = re.compile(r"@(\d+)\.[0-9a-f]+;")
-
-
-@pytest.fixture(scope="module")
-def upstream_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A scripted model, see tests/upstream.py."""
-    port = free_port()
-    command = [sys.executable, "-m", "tests.upstream", "--port", str(port)]
-    with running(command, folder=tmp_path_factory.mktemp("upstream")) as upstream:
-        upstream.wait_for_output("scripted model on")
-        yield f"http://127.0.0.1:{port}/v1"
 
 
 @pytest.fixture(scope="module", params=["openai", "nanobot"])
@@ -111,6 +101,21 @@ def test_a_failure_that_is_not_streamed_is_a_500(model_service: Deployment) -> N
     assert raised.value.code == "agent_error"
 
 
+def test_the_model_gets_to_see_an_uploaded_picture(model_service: Deployment, upstream_url: str) -> None:
+    token = f"token-{secrets.token_hex(8)}"
+    with model_service.client(timeout=60) as client:
+        picture = client.files.create(file=("a.png", samples.png()), purpose="vision")
+        parts = [
+            {"type": "text", "text": f"[[mock k=3 i=0]] {token}"},
+            {"type": "file", "file": {"file_id": picture.id}},
+        ]
+        messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+        client.chat.completions.create(model="endmark", messages=messages)
+    requests = httpx.get(upstream_url.removesuffix("/v1") + "/requests").json()
+    [asked] = [json.dumps(request) for request in requests if token in json.dumps(request)]
+    assert base64.b64encode(samples.png()).decode() in asked
+
+
 # -- process_direct ----------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +137,7 @@ def test_an_agent_is_called_as_nanobot_calls_it(direct_service: Deployment) -> N
     assert called_with(direct_service, messages, session_id="mine") == {
         "content": "Hello you",
         "media": {},
+        "paths": None,
         "session_key": "api:mine",
         "channel": "api",
         "chat_id": "default",
@@ -152,7 +158,7 @@ def test_a_segment_end_is_not_the_end_of_the_stream(direct_service: Deployment) 
 
 def test_files_reach_the_agent_as_paths(direct_service: Deployment) -> None:
     data = base64.b64encode(b"some notes").decode()
-    part = {"type": "file", "file": {"filename": "../notes.txt", "file_data": f"data:text/plain;base64,{data}"}}
+    part = {"type": "file", "file": {"filename": "notes.txt", "file_data": f"data:text/plain;base64,{data}"}}
     messages = [{"role": "user", "content": [{"type": "text", "text": "read"}, part]}]
     assert called_with(direct_service, messages)["media"] == {"notes.txt": "some notes"}
     with direct_service.http() as http:

@@ -14,11 +14,10 @@ from shared.jobs import Submission
 MAX_FILE_BYTES = 30
 USER = {"role": "user", "content": "Hello"}
 DATA = base64.b64encode(b"content").decode()
-TOO_LARGE = base64.b64encode(b"x" * (MAX_FILE_BYTES + 1)).decode()
 
 
 def parse(body: object) -> ChatRequest:
-    return parse_chat_request(body, max_file_bytes=MAX_FILE_BYTES)
+    return parse_chat_request(body)
 
 
 def asking(content: Any) -> dict[str, Any]:
@@ -87,24 +86,6 @@ BAD: list[tuple[object, int, str, str | None]] = [
     (asking([{"type": "image_url"}]), 400, "invalid_request", f"{CONTENT}[0].image_url"),
     (asking([{"type": "image_url", "image_url": DATA}]), 400, "invalid_request", f"{CONTENT}[0].image_url"),
     (image(5), 400, "invalid_request", f"{CONTENT}[0].image_url.url"),
-    (image("https://example.org/cat.png"), 400, "invalid_request", f"{CONTENT}[0].image_url.url"),
-    (image("file:///etc/passwd"), 400, "invalid_request", f"{CONTENT}[0].image_url.url"),
-    (image(f"data:image/png,{DATA}"), 400, "invalid_request", f"{CONTENT}[0].image_url.url"),
-    (image("data:image/png;base64,"), 400, "invalid_request", f"{CONTENT}[0].image_url.url"),
-    (image("data:image/png;base64,***"), 400, "invalid_request", f"{CONTENT}[0].image_url.url"),
-    (image("data:image/png;base64,QUJ"), 400, "invalid_request", f"{CONTENT}[0].image_url.url"),
-    (image("data:image/png;base64,\ud800"), 400, "invalid_request", f"{CONTENT}[0].image_url.url"),
-    (image(f"data:image/png;base64,{TOO_LARGE}"), 413, "file_too_large", f"{CONTENT}[0].image_url.url"),
-    (file(file_id="file-1"), 400, "unsupported_file", f"{CONTENT}[0].file"),
-    (file(file_data="é"), 400, "invalid_request", f"{CONTENT}[0].file.file_data"),
-    (file(file_data=f"data:text/plain,{DATA}"), 400, "invalid_request", f"{CONTENT}[0].file.file_data"),
-    (file(file_data=TOO_LARGE), 413, "file_too_large", f"{CONTENT}[0].file.file_data"),
-    (
-        asking([{"type": "input_audio", "input_audio": {"data": "!", "format": "wav"}}]),
-        400,
-        "invalid_request",
-        f"{CONTENT}[0].input_audio.data",
-    ),
     # -- other fields
     (with_field(stream="true"), 400, "invalid_request", "stream"),
     (with_field(stream=1), 400, "invalid_request", "stream"),

@@ -17,6 +17,9 @@ SHARED = ("queue", "bell", "deadlines", "workers")
 PER_ID = {
     "job_key": "job",
     "request_key": "request",
+    "attachments_key": "attachments",
+    "files_key": "files",
+    "file_bytes_key": "file_bytes",
     "stream_key": "stream",
     "stream_channel": "stream_channel",
     "turns_key": "turns",
@@ -47,6 +50,10 @@ def test_lua_names_what_belongs_to_an_id_as_python_does(lua_name: str, identity:
     assert in_lua(f"{lua_name}(ARGV[2])", "some-prefix", identity) == expected
 
 
+def test_lua_names_the_file_of_a_tenant_as_python_does() -> None:
+    assert in_lua("file_key(ARGV[2] .. ':' .. ARGV[3])", "p", "acme", "file-1") == Keys("p").file("acme", "file-1")
+
+
 def test_lua_names_arqs_keys_as_arq_does() -> None:
     assert in_lua("arq_job_key(ARGV[2])", "p", "id") == f"{job_key_prefix}id"
     assert in_lua("arq_retry_key(ARGV[2])", "p", "id") == f"{retry_key_prefix}id"
@@ -54,7 +61,7 @@ def test_lua_names_arqs_keys_as_arq_does() -> None:
 
 def test_every_name_that_lua_knows_is_tested_here() -> None:
     known = re.findall(r"^local (?:function )?(\w+)", lua_names(), re.MULTILINE)
-    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "arq_job_key", "arq_retry_key"])
+    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "file_key", "arq_job_key", "arq_retry_key"])
 
 
 def test_what_belongs_to_one_job_is_one_slot() -> None:
@@ -69,7 +76,9 @@ def test_deployments_do_not_meet() -> None:
     assert ours.job("x") != theirs.job("x")
 
 
-@pytest.mark.parametrize("name", ["submit", "claim", "finish", "end", "release", "beat", "retire", "sweep"])
+@pytest.mark.parametrize(
+    "name", ["submit", "claim", "finish", "end", "release", "beat", "retire", "sweep", "put_file", "delete_file"]
+)
 def test_every_script_can_be_loaded(name: scripts.ScriptName) -> None:
     with fakeredis.FakeRedis(server=fakeredis.FakeServer(version=(7,))) as redis:
         assert redis.script_load(scripts.source(name))

@@ -12,7 +12,7 @@ from shared.settings import Settings, is_loopback
 
 def test_everything_has_a_default() -> None:
     settings = Settings()
-    assert (settings.prefix, settings.agent, settings.port, settings.secret_keys) == ("endmark", "auto", 8900, ())
+    assert (settings.prefix, settings.agent, settings.port, settings.tenant_keys) == ("endmark", "auto", 8900, ())
 
 
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENDMARK_CORS_ORIGINS", "https://a.example,https://b.example")
     settings = Settings()
     assert (settings.redis_url, settings.max_jobs) == ("redis://redis:6379/2", 7)
-    assert settings.secret_keys == (b"one", b"two")
+    assert settings.tenant_keys == ((b"one", "default"), (b"two", "default"))
     assert settings.cors_origins == ("https://a.example", "https://b.example")
 
 

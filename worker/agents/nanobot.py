@@ -5,27 +5,36 @@ Rule 1: a run that returns has not therefore succeeded. nanobot reports a failed
 Rule 2: a stream that nanobot starts over after it has shown text is a failure: the text would be there twice.
 Rule 3: a tool is announced before it runs. nanobot's events come through a queue, so a hook holds the tools back until
         the announcement has been read from it and delivered.
-Rule 4: a request that brings its own history leaves nothing behind: it runs in a session that is deleted afterwards.
+Rule 4: nothing of a turn stays in the worker: its session goes with the outcome (worker/agents/nanobot_sessions.py),
+        and subagents and processes that it started end with it. A request that brings its own history leaves nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import openai.resources.chat.completions  # noqa: F401 - or nanobot would import it in the middle of the first turn
 from loguru import logger as nanobot_logger
 from nanobot import Nanobot
 from nanobot.agent.hook import AgentHook, AgentHookContext
+from nanobot.agent.hooks import create_file_edit_activity_hook
+from nanobot.agent.tools.registry import ToolRegistry
+from nanobot.agent.tools.spawn import SpawnTool
 from nanobot.config.errors import ConfigLoadError
 from nanobot.config.loader import load_config, resolve_config_env_vars, set_config_path
 from nanobot.config.paths import get_media_dir
 from nanobot.providers.factory import validate_provider_setup
+from nanobot.providers.image_generation import image_gen_provider_configs
 
 from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usage, Voice
 from worker.agents.media import EncodedFile, Message, divide, file_of, files_of, files_on_disk, parts_of, text_of
+from worker.agents.nanobot_mcp import ToolServers
+from worker.agents.nanobot_sessions import TurnLoop, TurnSession, TurnSessions, TurnSessionStore, turn_session
 
 # How the providers of nanobot say that an answer is whole. Anything else is a failure.
 FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
@@ -38,6 +47,8 @@ FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
     "refusal": "content_filter",  # Anthropic, OpenAI Responses
 }
 
+# Tools that reach beyond the turn. A client must not read what others have said, and nobody would get the messages.
+NOT_OFFERED: Final = ("list_sessions", "search_sessions", "read_session", "send_session_message", "message")
 
 STARTED_OVER: Final = "The model behind the agent stopped in the middle of its answer."
 
@@ -51,17 +62,47 @@ class NanobotAgent:
 
     name = "nanobot"
 
-    def __init__(self, bot: Nanobot) -> None:
+    def __init__(self, bot: Nanobot, tool_servers: ToolServers) -> None:
         self._bot = bot
+        self._tool_servers = tool_servers
 
     @classmethod
     def from_config(cls, path: Path) -> NanobotAgent:
-        """Build nanobot from its configuration file; see `configuration_problem` for whether that can succeed."""
+        """Build nanobot from its configuration file; see `configuration_problem` for whether that can succeed.
+
+        As nanobot's own `from_config` does, but with sessions, background work and MCP servers of our own.
+        """
         nanobot_logger.disable("nanobot")  # it logs the beginning of every question and answer
-        set_config_path(path)  # nanobot keeps its media and sessions beside its configuration
-        return cls(Nanobot.from_config(path))
+        set_config_path(path)  # nanobot keeps its media beside its configuration
+        config = resolve_config_env_vars(load_config(path), config_path=path)
+        tools = ToolRegistry()
+        loop = TurnLoop.from_config(
+            config,
+            image_generation_provider_configs=image_gen_provider_configs(config),
+            hook_factories=[create_file_edit_activity_hook],
+            tool_registry=tools,
+            session_manager=TurnSessions(
+                config.workspace_path, store=TurnSessionStore(), sessions_root=path.resolve().parent / "sessions"
+            ),
+        )
+        for name in NOT_OFFERED:
+            tools.unregister(name)
+        if tools.has("spawn"):
+            tools.register(_WaitingSpawnTool(loop.subagents))
+        return cls(Nanobot(loop, config=config), ToolServers(config, tools))
 
     async def run(self, turn: Turn, voice: Voice) -> Outcome:
+        await self._tool_servers.connect()
+        key = f"endmark:{turn.job_id}:{turn.attempt}" if turn.owns_history else turn.session_key
+        async with turn_session(key, None if turn.owns_history else turn.session_state) as session:
+            try:
+                outcome = await self._answer(turn, voice, session)
+                await session.background()
+            finally:
+                await self._bot._loop.discard_session(key)  # subagents, processes, which files it has read
+            return replace(outcome, session_state=None if turn.owns_history else session.record())
+
+    async def _answer(self, turn: Turn, voice: Voice, session: TurnSession) -> Outcome:
         conversation = divide(turn.messages)
         earlier = conversation.earlier if turn.owns_history else ()
         earlier_files = [file for message in earlier for file in _referenced_files(message)]
@@ -69,43 +110,28 @@ class NanobotAgent:
         # nanobot's file tools may be confined to its workspace, but may always read its media directory.
         async with files_on_disk(files, parent=get_media_dir("api")) as paths:
             earlier_paths, media = paths[: len(earlier_files)], paths[len(earlier_files) :]
-            async with self._session(turn, earlier, earlier_paths) as session_key:
-                hook = _TurnHook()
-                stream = await self._bot.run_streamed(
-                    text_of(conversation.question),
-                    session_key=session_key,
-                    channel="api",
-                    chat_id="default",
-                    media=media or None,
-                    ephemeral=turn.owns_history,  # neither summarise the session nor learn from it
-                    hooks=[hook],
-                )
-                # Leaving this block early, cancelled or not, cancels the run and waits for its end.
-                async with aclosing(stream.stream_events()) as events:
-                    speech = _Speech(voice, hook)
-                    async for event in events:
-                        await speech.relay(event)
-                result = await stream.wait()
+            if earlier:
+                await self._bot.sessions.ingest(session.key, seed_messages(earlier, earlier_paths))
+            hook = _TurnHook(self._tool_servers)
+            stream = await self._bot.run_streamed(
+                text_of(conversation.question),
+                session_key=session.key,
+                channel="api",
+                chat_id="default",
+                media=media or None,
+                ephemeral=turn.owns_history,  # neither summarise the session nor learn from it
+                hooks=[hook],
+            )
+            # Leaving this block early, cancelled or not, cancels the run and waits for its end.
+            async with aclosing(stream.stream_events()) as events:
+                speech = _Speech(voice, hook)
+                async for event in events:
+                    await speech.relay(event)
+            result = await stream.wait()
         self._discard_channel_messages()
         outcome = _outcome(result, hook)
         await speech.finish(result.content)
         return outcome
-
-    @asynccontextmanager
-    async def _session(self, turn: Turn, earlier: Sequence[Message], paths: Sequence[str]) -> AsyncIterator[str]:
-        """The key of the session to run in: the turn's own, or that of a throw-away one with the earlier messages."""
-        if not turn.owns_history:
-            yield turn.session_key
-            return
-        sessions = self._bot.sessions
-        for attempt in range(1, turn.attempt):  # a worker that was killed could not delete its own
-            sessions.delete(_throwaway_key(turn.job_id, attempt))
-        key = _throwaway_key(turn.job_id, turn.attempt)
-        try:
-            await sessions.ingest(key, seed_messages(earlier, paths))
-            yield key
-        finally:
-            sessions.delete(key)
 
     def _discard_channel_messages(self) -> None:
         """Empty nanobot's bus: its chat channels do not run here, and what is meant for them would pile up."""
@@ -115,14 +141,25 @@ class NanobotAgent:
                 queue.get_nowait()
 
     async def aclose(self) -> None:
-        await self._bot.aclose()
+        try:
+            await self._bot.aclose()
+        finally:
+            await self._tool_servers.aclose()
+
+
+class _WaitingSpawnTool(SpawnTool):  # type: ignore[misc] # nanobot ships no types
+    """nanobot's tool for subagents, which always waits for the result: after the turn nobody would receive it."""
+
+    async def execute(self, **arguments: Any) -> Any:
+        return await super().execute(**(arguments | {"wait": True}))
 
 
 class _TurnHook(AgentHook):  # type: ignore[misc] # nanobot ships no types
     """What the events of one run do not tell."""
 
-    def __init__(self) -> None:
+    def __init__(self, tool_servers: ToolServers) -> None:
         super().__init__(reraise=True)
+        self._tool_servers = tool_servers
         self.announced_tools = asyncio.Semaphore(0)  # released once for each tool whose start was delivered
         self.last_response: Any = None  # the model's; None for a slash command, which asks no model
         self.started_over = False
@@ -138,6 +175,10 @@ class _TurnHook(AgentHook):  # type: ignore[misc] # nanobot ships no types
 
     async def after_iteration(self, context: AgentHookContext) -> None:
         self.last_response = context.response
+        for call, event in zip(context.tool_calls, context.tool_events, strict=False):  # no events: no tool ran
+            server = self._tool_servers.lost_server_of(call.name) if event.get("status") != "ok" else None
+            if server is not None:
+                raise AgentError(f"The agent needs its tool server {server!r}, which is not available.")
 
 
 class _Speech:
@@ -206,10 +247,6 @@ def _public_message(result: Any, hook: _TurnHook) -> str:
     if getattr(response, "error_kind", None) in ("connection", "timeout"):
         return "The connection to the model behind the agent failed."
     return "The model behind the agent failed."
-
-
-def _throwaway_key(job_id: str, attempt: int) -> str:
-    return f"endmark:{job_id}:{attempt}"
 
 
 def seed_messages(earlier: Sequence[Message], paths: Sequence[str]) -> list[dict[str, Any]]:
