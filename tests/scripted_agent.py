@@ -36,7 +36,7 @@ class ScriptedAgent:
     name = "scripted"
 
     async def run(self, turn: Turn, voice: Voice) -> Outcome:
-        text = text_of(divide(turn.messages).question)
+        text = text_of(divide(turn).question)
         try:
             script = json.loads(text)
         except ValueError:

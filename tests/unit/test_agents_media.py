@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.speaking import a_turn
 from worker.agents import media
 from worker.agents.contract import AgentError
 from worker.agents.media import EncodedFile, decode, divide, files_of, files_on_disk, safe_filename, text_of
@@ -25,14 +26,26 @@ def named(filename: str | None, media_type: str | None = None) -> EncodedFile:
 
 def test_the_question_is_the_last_message_of_the_user() -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    conversation = divide(messages)
+    conversation = divide(a_turn(messages=messages, owns_history=True))
     assert conversation.question == messages[1]
     assert conversation.earlier == messages[:1]
 
 
+def test_where_the_session_owns_the_history_the_question_is_the_last_message_of_the_user_wherever_it_is() -> None:
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "user", "content": "What is the answer?"},
+        {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {"name": "ask"}}]},
+        {"role": "tool", "content": "42", "tool_call_id": "c"},
+    ]
+    conversation = divide(a_turn(messages=messages, owns_history=False))
+    assert conversation.question == messages[1]
+    assert not conversation.earlier
+
+
 def test_a_list_that_does_not_end_with_the_user_is_to_be_continued() -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "tool", "content": "42", "tool_call_id": "c"}]
-    conversation = divide(messages)
+    conversation = divide(a_turn(messages=messages, owns_history=True))
     assert conversation.question["content"] == media.CONTINUE
     assert conversation.earlier == messages
 

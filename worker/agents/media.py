@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from worker.agents.contract import AgentError
+from worker.agents.contract import AgentError, Turn
 
 Message = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ class Conversation:
     """The messages of a turn, divided at its question."""
 
     question: Message  # the user message to answer
-    earlier: Sequence[Message]  # everything else, in order
+    earlier: Sequence[Message]  # everything else, in order; nothing if the session owns the history
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +44,16 @@ class EncodedFile:
     encoded: str  # a data URL or bare base64
 
 
-def divide(messages: Sequence[Message]) -> Conversation:
-    """Find the question: the last message, if it is the user's.
+def divide(turn: Turn) -> Conversation:
+    """Find the question of a turn, and what the client has sent before it.
 
-    A list that ends otherwise (with a tool's result, say) asks for a continuation of all of it.
+    Where the session owns the history, the question is the last message of the user, whatever surrounds it. Where the
+    client does, it is the last message if it is the user's; a list that ends otherwise (with a tool's result, say) asks
+    for a continuation of all of it.
     """
+    messages = turn.messages
+    if not turn.owns_history:
+        return Conversation(question=last_user_message(messages), earlier=())
     if messages and messages[-1].get("role") == "user":
         return Conversation(question=messages[-1], earlier=messages[:-1])
     return Conversation(question={"role": "user", "content": CONTINUE}, earlier=messages)

@@ -103,8 +103,8 @@ class NanobotAgent:
             return replace(outcome, session_state=None if turn.owns_history else session.record())
 
     async def _answer(self, turn: Turn, voice: Voice, session: TurnSession) -> Outcome:
-        conversation = divide(turn.messages)
-        earlier = conversation.earlier if turn.owns_history else ()
+        conversation = divide(turn)
+        earlier = conversation.earlier
         earlier_files = [file for message in earlier for file in _referenced_files(message)]
         files = [*earlier_files, *files_of(conversation.question)]
         # nanobot's file tools may be confined to its workspace, but may always read its media directory.

@@ -7,8 +7,9 @@
     close_mcp(), aclose()        optional; called when the worker stops
 
 Rule 1: only the return of `process_direct` ends a turn. `on_stream_end` ends a segment; a tool may run after it.
-Rule 2: the agent keeps the history of a session. When the request brings its own, an agent whose `process_direct` has a
-        parameter `messages` gets it there; others get it written out before the question. Nothing is dropped silently.
+Rule 2: the agent keeps the history of a session, and gets the last message of the user. When the request brings its own
+        history instead, an agent whose `process_direct` has a parameter `messages` gets it there; others get it written
+        out before the question.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class ProcessDirectAgent:
 
     async def run(self, turn: Turn, voice: Voice) -> Outcome:
         await self._connect_once()
-        conversation = divide(turn.messages)
+        conversation = divide(turn)
         content = text_of(conversation.question)
         extra: dict[str, Any] = {}
-        if turn.owns_history and conversation.earlier:
+        if conversation.earlier:
             if self._takes_messages:
                 extra["messages"] = [dict(message) for message in turn.messages]
             else:
