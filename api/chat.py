@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 from redis.exceptions import ResponseError
@@ -108,14 +108,14 @@ async def _check_uploaded(services: Services, tenant: str, detached: Detached) -
 
 
 async def _submit(services: Services, job: Submission, attachments: list[bytes]) -> None:
-    """Raises QueueFullError, QueueUnreachableError or FilesUnavailableError."""
+    """Raises FilesUnavailableError, QueueFullError or QueueUnreachableError."""
+    await _attach(services, job, attachments)
     try:
-        if attachments:
-            await services.files.attach(job.job_id, attachments)
         await _submit_once(services, job)
-    except FileStoreFullError as error:
-        raise FilesUnavailableError("The files of the request cannot be stored now.") from error
     except StoreQueueFullError as error:
+        if attachments:
+            with suppress(*FAILURES):  # they expire by themselves, only later
+                await services.files.discard(job.job_id)
         message = "The session has too many unfinished turns." if error.of_session else "Too many requests are waiting."
         raise QueueFullError(message) from error
     except FAILURES as error:
@@ -124,6 +124,21 @@ async def _submit(services: Services, job: Submission, attachments: list[bytes])
         log.warning("submit_failed", job=job.job_id, reason=str(error))
         raise QueueUnreachableError(may_have_started=not _was_never_sent(error)) from error
     log.info("job_accepted", job=job.job_id, tenant=job.tenant, session=job.session or None)
+
+
+async def _attach(services: Services, job: Submission, attachments: list[bytes]) -> None:
+    """Raises FilesUnavailableError."""
+    if not attachments:
+        return
+    try:
+        await services.files.attach(job.job_id, attachments)
+    except FileStoreFullError as error:
+        raise FilesUnavailableError("The files of the request cannot be stored now.") from error
+    except FAILURES as error:
+        if not passes(error):
+            raise
+        log.warning("attach_failed", job=job.job_id, reason=str(error))
+        raise FilesUnavailableError from error
 
 
 async def _submit_once(services: Services, job: Submission) -> None:

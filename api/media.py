@@ -16,9 +16,10 @@ from api.errors import InvalidRequestError
 
 MAX_PIXELS: Final = 100_000_000  # Pillow warns of a bomb at 89 million
 MAX_JPEG_SEGMENTS: Final = 2_000  # before the one with the dimensions; colour profiles and thumbnails take some hundred
-MAX_EXPANDED_BYTES: Final = 200 * 1024 * 1024  # of all members of an Office file together
+# Of all members of an Office file together. Agents parse them on their worker's event loop: more would stall it.
+MAX_EXPANDED_BYTES: Final = 50 * 1024 * 1024
 MAX_EXPANSION: Final = 100  # times its compressed size; Apache POI draws the line there, too
-EXPANSION_FLOOR_BYTES: Final = 10 * 1024 * 1024  # below this, no ratio is suspicious
+EXPANSION_FLOOR_BYTES: Final = 5 * 1024 * 1024  # below this, no ratio is suspicious
 MAX_ARCHIVE_MEMBERS: Final = 10_000
 MAX_FILENAME_BYTES: Final = 255
 MAX_TYPE_CHARS: Final = 127  # of a media type (RFC 6838); the rest is not repeated in a refusal

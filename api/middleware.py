@@ -55,7 +55,13 @@ class ErrorMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        started = body_ended = False
+
+        async def notice_end() -> Message:
+            nonlocal body_ended
+            message = await receive()
+            body_ended = not message.get("more_body", False)
+            return message
 
         async def notice_start(message: Message) -> None:
             nonlocal started
@@ -63,14 +69,14 @@ class ErrorMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, receive, notice_start)
+            await self.app(scope, notice_end, notice_start)
         except ClientGoneError:
             return  # there is nobody to answer
         except ApiError as error:
             if started:
                 raise
-            response = UploadRefusal(error) if isinstance(error, PayloadTooLargeError) else error.response()
-            await response(scope, receive, send)
+            cut = isinstance(error, PayloadTooLargeError) and not body_ended
+            await (UploadRefusal(error) if cut else error.response())(scope, receive, send)
         except Exception:
             if started or scope["type"] != "http":
                 raise
@@ -81,7 +87,7 @@ class ErrorMiddleware:
 class UploadRefusal:
     """Refuses at once, then lets the client finish sending: many read the answer only after their last byte."""
 
-    def __init__(self, error: PayloadTooLargeError) -> None:
+    def __init__(self, error: ApiError) -> None:
         self._response = error.response()
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:

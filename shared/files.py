@@ -162,6 +162,10 @@ class FileStore:
         except OutOfMemoryError as error:
             raise FileStoreFullError("Redis is full", of_tenant=False) from error
 
+    async def discard(self, job_id: str) -> None:
+        """Drops the attachments of a job that was not accepted."""
+        await self._redis.unlink(self._keys.attachments(job_id))
+
     async def attachments(self, job_id: str) -> list[bytes]:
         """The attachments of a job by their numbers; empty if they are gone."""
         contents: list[bytes] = await self._redis.lrange(self._keys.attachments(job_id), 0, -1)  # type: ignore[misc]  # as above

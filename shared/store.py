@@ -41,7 +41,6 @@ class Claim(NamedTuple):
     attempt: int
     started_ms: int  # Redis's clock when the attempt was opened
     request: bytes | None  # what `Submission.request_bytes` made; None if it is gone
-    session_state: bytes | None  # what the agent left in the session's turn before; None: nothing, or no session
 
 
 class Held(NamedTuple):
@@ -142,8 +141,7 @@ class JobStore:
         """
         rows = await self._run("claim", self.keys.queue, worker_id, slots, self._run_timeout_ms, self._unfinished_ms)
         return [
-            Claim(job_id.decode(), int(attempt), int(started), request, state)
-            for job_id, attempt, started, request, state in rows
+            Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
         ]
 
     async def held_by(self, worker_id: str) -> list[Held]:
@@ -152,15 +150,22 @@ class JobStore:
         held: list[Held] = []
         for job_id in sorted(member.decode() for member in members):
             async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms", "session"])
+                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
                 pipe.get(self.keys.request(job_id))
-                (status, worker, attempt, started_ms, session), request = await pipe.execute()
+                (status, worker, attempt, started_ms), request = await pipe.execute()
             if worker is not None and worker != worker_id.encode():
                 continue
-            state = await self.redis.get(self.keys.session(session.decode())) if session else None
-            claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request, state)
+            claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request)
             held.append(Held(claim, is_running=status == Status.RUNNING.value.encode()))
         return held
+
+    async def session_state(self, session: str) -> bytes | None:
+        """What the agent left in the session's last whole turn; None: a new session.
+
+        For the turn that runs. No other turn of its session can change it meanwhile, since only that one is not fenced.
+        """
+        state: bytes | None = await self.redis.get(self.keys.session(session))
+        return state
 
     def finish_args(
         self,

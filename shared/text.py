@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import orjson
 
+MAX_CONTAINERS = 200_000  # lists and objects of JSON that we accept
 MAX_DEPTH = 200  # of JSON that we accept; orjson writes up to 254 levels
 
 
@@ -40,7 +41,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON document. Raises ValueError on anything else, NaN and nesting beyond MAX_DEPTH included."""
+    """The value of a JSON document. Raises ValueError on anything else, NaN and what exceeds our limits included."""
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -48,23 +49,25 @@ def parse_json(data: bytes) -> Any:
             value = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
-    _refuse_depth(value)
+    _refuse_excess(value)
     return value
 
 
-def _refuse_depth(value: Any) -> None:
-    """What is read has to be written again, and writers give up earlier than readers."""
-    level = [value]
+def _refuse_excess(value: Any) -> None:
+    """What is read has to be looked at and written again: too many containers stall everybody, too deep ones fail."""
+    level, containers = [value], 0
     for _ in range(MAX_DEPTH):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, (dict, list))
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, (dict, list))
-        ]
-        if not level:
+        inner: list[Any] = []
+        for parent in level:
+            if isinstance(parent, (dict, list)):
+                containers += 1
+                if containers > MAX_CONTAINERS:
+                    raise ValueError("too many lists and objects")
+                children = parent.values() if isinstance(parent, dict) else parent
+                inner += [child for child in children if isinstance(child, (dict, list))]
+        if not inner:
             return
+        level = inner
     raise ValueError("nested too deeply")
 
 

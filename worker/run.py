@@ -165,22 +165,24 @@ class Run:
             raise AgentError("The request is no longer stored.")
         request = parse_json(self.claim.request)
         tenant: str = request["tenant"]
+        session: str = request["session"]
         turn = Turn(
             job_id=self.claim.job_id,
             attempt=self.claim.attempt,
             messages=await with_files(request["messages"], self._files, tenant, self.claim.job_id),
-            session_key=request["session"] or session_key(tenant, self.claim.job_id),
+            session_key=session or session_key(tenant, self.claim.job_id),
             owns_history=request["owns_history"],
             model=request["model"],
-            session_state=self.claim.session_state,
+            tenant=tenant,
+            session_state=await insist(lambda: self._store.session_state(session)) if session else None,
             params=request["params"],
         )
         try:
             outcome = _checked(await self._agent.run(turn, voice))
         except (SystemExit, KeyboardInterrupt) as error:
             raise RuntimeError("the agent tried to end its worker") from error
-        if request["session"] and len(outcome.session_state or b"") > self._settings.max_session_bytes:
-            raise AgentError("The session has become too large to be kept. Start a new one.")
+        if session and len(outcome.session_state or b"") > self._settings.max_session_bytes:
+            raise AgentError("The session has become too large to be kept. Go on with another session_id.")
         if outcome.text and not voice.said_text:
             await voice.text(outcome.text)
         return outcome

@@ -59,7 +59,7 @@ local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
   redis.call('DEL', arq_job_key(id), arq_retry_key(id))
   redis.call('PEXPIRE', job_key(id), retention_ms)
   redis.call('PEXPIRE', request_key(id), retention_ms)
-  redis.call('PEXPIRE', attachments_key(id), retention_ms)
+  redis.call('UNLINK', attachments_key(id))
   redis.call('PEXPIRE', stream_key(id), retention_ms)
   redis.call('PUBLISH', stream_channel(id), entry_id .. ' ' .. kind .. ' ' .. payload)
 end

@@ -2,7 +2,7 @@
 -- KEYS[1] the queue
 -- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms
 -- Returns nothing if the worker holds no lease, since nobody would notice its death. Otherwise a list of {job id,
--- attempt, started ms, request, session state}; ids whose job is gone or has ended are dropped on the way.
+-- attempt, started ms, request}; ids whose job is gone or has ended are dropped on the way.
 
 local worker, now = ARGV[2], now_ms()
 local lease_end = redis.call('ZSCORE', workers, worker)
@@ -10,7 +10,7 @@ if not lease_end or tonumber(lease_end) <= now then return {} end
 
 local claimed = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMIT', 0, ARGV[3])) do
-  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened', 'session')
+  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened')
   if job[1] == 'queued' then
     local attempt = int(tonumber(job[2]))
     if job[3] ~= attempt then -- recovery has opened the attempt already, to fence the one before
@@ -31,8 +31,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
     for _, key in ipairs({job_key(id), request_key(id), attachments_key(id), stream_key(id), arq_job_key(id)}) do
       redis.call('PEXPIRE', key, ARGV[5])
     end
-    local state = job[4] ~= '' and redis.call('GET', session_key(job[4])) -- false: none
-    claimed[#claimed + 1] = {id, attempt, int(now), redis.call('GET', request_key(id)), state}
+    claimed[#claimed + 1] = {id, attempt, int(now), redis.call('GET', request_key(id))}
   end
   redis.call('ZREM', KEYS[1], id)
 end

@@ -23,8 +23,8 @@ local now = now_ms()
 end_job(id, attempt .. '-' .. ARGV[5], kind, ARGV[7], ARGV[8], now, ARGV[9])
 redis.call('HSET', KEYS[1], unpack(ARGV, 13))
 local session, state = job[4], ARGV[11]
-if kind == 'ok' and state ~= '' and session ~= '' then
-  redis.call('SET', session_key(session), state)
+if kind == 'ok' and session ~= '' then
+  if state ~= '' then redis.call('SET', session_key(session), state) end
   if ARGV[12] ~= '0' then redis.call('PEXPIRE', session_key(session), ARGV[12]) end
 end
 if ARGV[10] == '1' then release(id, now) else await_release(id, now) end

@@ -225,10 +225,40 @@ async def test_a_tool_that_fails_is_said_to_have_failed(agent: NanobotAgent) -> 
 
 
 async def test_a_slash_command_is_answered_without_a_model(agent: NanobotAgent, upstream: ScriptedUpstream) -> None:
-    outcome = await agent.run(a_turn("/help"), RecordingVoice())
+    outcome = await agent.run(a_turn("/model"), RecordingVoice())
     assert outcome.text is not None
-    assert "/new" in outcome.text
+    assert "mock" in outcome.text
     assert upstream.stats["requests"] == 0
+
+
+@pytest.mark.parametrize("command", ["/pairing list", "/dream-log", "/trigger foo", "/restart", "/evaluator-prompt"])
+async def test_commands_that_operate_nanobot_are_not_for_its_clients(
+    agent: NanobotAgent, upstream: ScriptedUpstream, home: Path, command: str
+) -> None:
+    before = files_under(home)
+    outcome = await agent.run(a_turn(command), RecordingVoice())
+    assert "Unknown command" in (outcome.text or "") or upstream.stats["requests"] == 1
+    assert files_under(home) == before
+
+
+async def test_a_tenant_with_a_name_is_not_served(agent: NanobotAgent, upstream: ScriptedUpstream) -> None:
+    with pytest.raises(AgentError, match="one tenant only"):
+        await agent.run(a_turn("[[mock k=1]]", tenant="acme"), RecordingVoice())
+    assert upstream.stats["requests"] == 0
+
+
+async def test_a_long_result_of_a_tool_leaves_no_file(
+    agent: NanobotAgent, upstream: ScriptedUpstream, home: Path
+) -> None:
+    long = home / "workspace" / "long.txt"
+    long.write_text("\n".join(f"line {number}" for number in range(20_000)))
+    before = files_under(home)
+    script = json.dumps({"path": "long.txt"}).replace(" ", "")
+    await agent.run(a_turn(f"[[mock k=1 i=1 tool=read_file args={script}]]"), RecordingVoice())
+    result = next(message for message in asked_messages(upstream) if message["role"] == "tool")
+    assert len(result["content"]) < 200_000
+    assert {path for path in files_under(home) if "tool-results" in str(path)} == set()
+    assert files_under(home) >= before
 
 
 async def test_parallel_turns_keep_their_own_usage(agent: NanobotAgent) -> None:

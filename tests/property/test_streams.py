@@ -348,7 +348,7 @@ class Queue(RuleBasedStateMachine):
             earlier = self.accepted[: self.accepted.index(attempt.job_id)]
             if session:
                 assert all(self.record(job).finished_ms for job in earlier if self.session_of[job] == session)
-            assert attempt.claim.session_state == (self.state_of.get(session) if session else None)
+                assert self.run(self.store.session_state(session)) == self.state_of.get(session)
             self.executing[attempt.job_id, attempt.claim.attempt] = worker_id
         return multiple(*claimed)
 

@@ -55,6 +55,7 @@ class Turn:
     messages: Sequence[Mapping[str, Any]]  # OpenAI chat messages; the last `user` one is the question
     session_key: str  # "api:<session id>", "api@<tenant>:<session id>", or a key used by this job alone
     owns_history: bool  # True: `messages` is the whole history; False: the session's own history comes before it
+    tenant: str = "default"  # whose key the request came with
     model: str  # the model name that the client asked for
     session_state: bytes | None = None  # what this agent left in the session's last whole turn; None: a new session
     params: Mapping[str, Any] = field(default_factory=dict)  # other OpenAI request fields (temperature, tools, …)

@@ -21,16 +21,19 @@ from typing import Any, Final
 import openai.resources.chat.completions  # noqa: F401 - or nanobot would import it in the middle of the first turn
 from loguru import logger as nanobot_logger
 from nanobot import Nanobot
+from nanobot.agent import context_governance
 from nanobot.agent.hook import AgentHook, AgentHookContext
 from nanobot.agent.hooks import create_file_edit_activity_hook
 from nanobot.agent.tools.registry import ToolRegistry
 from nanobot.agent.tools.spawn import SpawnTool
+from nanobot.command import CommandRouter
 from nanobot.config.errors import ConfigLoadError
 from nanobot.config.loader import load_config, resolve_config_env_vars, set_config_path
 from nanobot.config.paths import get_media_dir
 from nanobot.providers.factory import validate_provider_setup
 from nanobot.providers.image_generation import image_gen_provider_configs
 
+from shared.settings import DEFAULT_TENANT
 from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usage, Voice
 from worker.agents.media import EncodedFile, Message, divide, file_of, files_of, files_on_disk, parts_of, text_of
 from worker.agents.nanobot_mcp import ToolServers
@@ -49,6 +52,9 @@ FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
 
 # Tools that reach beyond the turn. A client must not read what others have said, and nobody would get the messages.
 NOT_OFFERED: Final = ("list_sessions", "search_sessions", "read_session", "send_session_message", "message")
+
+# Slash commands that concern the session of the turn. The others operate nanobot: its memory, its channels, its host.
+OFFERED_COMMANDS: Final = ("/new", "/compact", "/history", "/model", "/status")
 
 STARTED_OVER: Final = "The model behind the agent stopped in the middle of its answer."
 
@@ -87,11 +93,15 @@ class NanobotAgent:
         )
         for name in NOT_OFFERED:
             tools.unregister(name)
+        loop.commands = _offered(loop.commands)
+        context_governance.maybe_persist_tool_result = _shortened
         if tools.has("spawn"):
             tools.register(_WaitingSpawnTool(loop.subagents))
         return cls(Nanobot(loop, config=config), ToolServers(config, tools))
 
     async def run(self, turn: Turn, voice: Voice) -> Outcome:
+        if turn.tenant != DEFAULT_TENANT:  # one workspace, one memory, one media folder
+            raise AgentError("This agent serves one tenant only: keys with a tenant's name cannot use it.")
         await self._tool_servers.connect()
         key = f"endmark:{turn.job_id}:{turn.attempt}" if turn.owns_history else turn.session_key
         async with turn_session(key, None if turn.owns_history else turn.session_state) as session:
@@ -152,6 +162,33 @@ class _WaitingSpawnTool(SpawnTool):  # type: ignore[misc] # nanobot ships no typ
 
     async def execute(self, **arguments: Any) -> Any:
         return await super().execute(**(arguments | {"wait": True}))
+
+
+def _offered(commands: CommandRouter) -> CommandRouter:
+    """The commands that a client may give. Others are text for the model, like anything else that begins with `/`."""
+    offered = CommandRouter()
+    for name, handler in commands._exact.items():
+        if name in OFFERED_COMMANDS:
+            offered.exact(name, handler)
+    for prefix, handler in commands._prefix:
+        if prefix.strip() in OFFERED_COMMANDS:
+            offered.prefix(prefix, handler)
+    return offered
+
+
+def _shortened(
+    _workspace: Path | None, _session_key: str | None, _tool_call_id: str, content: str, *, max_chars: int
+) -> str:
+    """A tool's result that is too long for the model, without its middle.
+
+    nanobot would keep the whole in a file of its workspace, under names that sessions may share, and put a path into
+    the session that means nothing on another host.
+    """
+    if max_chars <= 0 or len(content) <= max_chars:
+        return content
+    half = max_chars // 2
+    left_out = len(content) - 2 * half
+    return f"{content[:half]}\n[… {left_out} characters left out …]\n{content[-half:]}"
 
 
 class _TurnHook(AgentHook):  # type: ignore[misc] # nanobot ships no types
