@@ -38,8 +38,8 @@ async def read_chat_body(request: Request, settings: Settings) -> Any:
         return parse_json(await request.body())
     except ClientDisconnect as error:
         raise ClientGoneError from error
-    except ValueError:
-        raise InvalidRequestError("The request body is not valid JSON.", code="invalid_json") from None
+    except ValueError as error:
+        raise InvalidRequestError(f"The request body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def _too_large(limit: int) -> PayloadTooLargeError:
