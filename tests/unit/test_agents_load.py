@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 
 from shared.settings import Settings
+from tests.processes import ROOT
 from tests.speaking import RecordingVoice, a_turn
 from worker.agents import load
 from worker.agents.echo import EchoAgent
+from worker.agents.events import EventsAgent
+from worker.agents.langgraph import LangGraphAgent
 from worker.agents.load import AgentLoadError, choose_agent, load_agent
 from worker.agents.openai import OpenAIAgent
+from worker.agents.pydantic_ai import PydanticAIAgent
 
 CONFIGURED = {
     "agents": {"defaults": {"model": "mock", "provider": "custom"}},
@@ -39,6 +44,16 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "def wants(argument): return Direct()\n"
         "async def eventually(): return Direct()\n"
         "number = 7\n"
+        "async def events(turn): yield 'event'\n"
+        "def makes_events(): return events\n"
+        "async def wants_more(turn, more): yield 'event'\n"
+        "from pydantic_ai import Agent\n"
+        "from pydantic_ai.models.test import TestModel\n"
+        "pydantic = Agent(TestModel())\n"
+        "from langgraph.graph import END, MessagesState, StateGraph\n"
+        "builder = StateGraph(MessagesState).add_node('answer', lambda state: {}).set_entry_point('answer')\n"
+        "graph = builder.compile()\n"
+        "no_messages = StateGraph(dict).add_node('a', lambda state: {}).set_entry_point('a').compile()\n"
         "class Own:\n"
         "    name = 'own'\n"
         "    async def run(self, turn, voice): ...\n"
@@ -110,6 +125,30 @@ async def test_an_object_with_process_direct_or_a_callable_that_makes_one(module
     assert (await agent.run(a_turn(), RecordingVoice())).text == "direct"
 
 
+@pytest.mark.parametrize(
+    ("attribute", "kind"),
+    [
+        ("events", EventsAgent),
+        ("makes_events", EventsAgent),
+        ("pydantic", PydanticAIAgent),
+        ("graph", LangGraphAgent),
+    ],
+)
+def test_what_it_is_decides_how_it_is_run(module: str, attribute: str, kind: type) -> None:
+    agent = load_agent(Settings(agent=f"{module}:{attribute}"))
+    assert isinstance(agent, kind)
+    assert agent.name == f"{module}:{attribute}"
+
+
+def test_no_library_is_imported_for_an_agent_that_does_not_come_from_it() -> None:
+    program = (
+        "import sys; from worker.agents.load import adapt; from examples.my_agent import agent; adapt(agent, 'x');"
+        "print(sorted({'pydantic_ai', 'langgraph', 'langchain_core'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout == "[]\n"
+
+
 def test_an_agent_of_our_own_contract(module: str) -> None:
     assert load_agent(Settings(agent=f"{module}:Own")).name == "own"
 
@@ -120,9 +159,12 @@ def test_an_agent_of_our_own_contract(module: str) -> None:
         ("their_missing:agent", "there is no module 'their_missing'"),
         ("their_missing.sub:agent", "there is no module 'their_missing'"),
         ("their_agents:missing", "has no 'missing'"),
-        ("their_agents:number", "is a int; it must have `process_direct`"),
+        ("their_agents:number", "is a int; it must be an async generator function"),
         ("their_agents:wants", "callable without arguments"),
         ("their_agents:eventually", "async function"),
+        ("their_agents:wants_more", "must take the turn as its one argument"),
+        ("their_agents:builder", "a compiled LangGraph graph"),
+        ("their_agents:no_messages", "has no `messages`"),
     ],
 )
 def test_a_wrong_name_says_what_is_wrong(module: str, name: str, message: str) -> None:

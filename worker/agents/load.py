@@ -22,6 +22,7 @@ from typing import Any
 from shared.settings import Settings
 from worker.agents.contract import Agent
 from worker.agents.echo import EchoAgent
+from worker.agents.events import EventsAgent
 from worker.agents.process_direct import ProcessDirectAgent
 
 INSTALL_NANOBOT = "install it with: uv sync --extra nanobot"
@@ -127,24 +128,57 @@ def _import_attribute(name: str) -> Any:
 
 
 def adapt(candidate: Any, name: str) -> Agent:
-    """Make an agent of an object that is one, has `process_direct`, or is a callable that returns either.
+    """Make an agent of what ENDMARK_AGENT names: something that we can run, or a callable that returns it.
 
     `name` is what the user wrote, for messages. Raises `AgentLoadError` if it is none of these.
     """
-    if inspect.isclass(candidate) or (callable(candidate) and not _is_agent(candidate)):
+    agent = None if inspect.isclass(candidate) else _as_agent(candidate, name)
+    if agent is None and callable(candidate):
         candidate = _call_factory(candidate, name)
+        agent = _as_agent(candidate, name)
+    if agent is None:
+        raise AgentLoadError(
+            f"ENDMARK_AGENT={name} is a {type(candidate).__name__}; it must be an async generator function, "
+            "a pydantic-ai agent, a compiled LangGraph graph, an object with `process_direct`, or with `name`, `run` "
+            "and `aclose` (worker/agents/contract.py), or a function without arguments that returns one of these"
+        )
+    return agent
+
+
+def _as_agent(candidate: Any, name: str) -> Agent | None:
+    """What runs this object; None if nothing does. Imports a library only for an object that comes from it."""
+    if inspect.isasyncgenfunction(candidate):
+        return _generator(candidate, name)
+    libraries = {base.__module__.partition(".")[0] for base in type(candidate).__mro__}
+    if "pydantic_ai" in libraries:
+        from pydantic_ai.agent import AbstractAgent
+
+        from worker.agents.pydantic_ai import PydanticAIAgent
+
+        return PydanticAIAgent(candidate, name=name) if isinstance(candidate, AbstractAgent) else None
+    if "langgraph" in libraries:
+        from langgraph.graph.state import CompiledStateGraph
+
+        from worker.agents.langgraph import LangGraphAgent
+
+        if not isinstance(candidate, CompiledStateGraph):
+            return None
+        if "messages" not in candidate.channels:
+            raise AgentLoadError(f"ENDMARK_AGENT={name} is a graph whose state has no `messages`")
+        return LangGraphAgent(candidate, name=name)
     if isinstance(candidate, Agent):
         return candidate
     if callable(getattr(candidate, "process_direct", None)):
         return ProcessDirectAgent(candidate, name=name)
-    raise AgentLoadError(
-        f"ENDMARK_AGENT={name} is a {type(candidate).__name__}; it must have `process_direct`, or `name`, `run` and "
-        "`aclose` (worker/agents/contract.py), or be a function without arguments that returns such an object"
-    )
+    return None
 
 
-def _is_agent(candidate: Any) -> bool:
-    return isinstance(candidate, Agent) or callable(getattr(candidate, "process_direct", None))
+def _generator(function: Any, name: str) -> Agent:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise AgentLoadError(f"ENDMARK_AGENT={name} must take the turn as its one argument ({error})") from error
+    return EventsAgent(function, name=name)
 
 
 def _call_factory(factory: Any, name: str) -> Any:
