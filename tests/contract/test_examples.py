@@ -81,7 +81,28 @@ def test_the_error_example_tells_whole_from_broken_off(tmp_path: Path, redis_url
     assert broken == "broken off after 'Hel': agent_error: The agent failed."
 
 
-def test_the_example_agent_remembers_each_session(tmp_path: Path, redis_url: str, prefix: str) -> None:
+@pytest.mark.parametrize(
+    ("agent", "answers"),
+    [
+        (
+            "my_agent",
+            [
+                "You have said 1 things, first 'one', last 'one'. ",
+                "You have said 2 things, first 'one', last 'two'. ",
+                "You have said 1 things, first 'three', last 'three'. ",
+            ],
+        ),
+        ("generator_agent", ["On your list: one ", "On your list: one two ", "On your list: three "]),
+        ("pydantic_agent", ['{"population":"unknown"}'] * 3),
+        (
+            "langgraph_agent",
+            [f"Hello from a graph. You have asked {times} times." for times in (1, 2, 1)],
+        ),
+    ],
+)
+def test_the_example_agents_answer_and_remember_each_session(
+    tmp_path: Path, redis_url: str, prefix: str, agent: str, answers: list[str]
+) -> None:
     def say(session: str, text: str) -> str | None:
         answer = client.chat.completions.create(
             model="endmark", messages=[{"role": "user", "content": text}], extra_body={"session_id": session}
@@ -89,17 +110,18 @@ def test_the_example_agent_remembers_each_session(tmp_path: Path, redis_url: str
         return answer.choices[0].message.content
 
     with (
-        deployed(tmp_path, redis_url, prefix, agent="examples.my_agent:agent") as service,
+        deployed(tmp_path, redis_url, prefix, agent=f"examples.{agent}:agent", session_ttl_s=60) as service,
         service.client() as client,
     ):
-        assert say("a", "one") == "You have said 1 things, first 'one', last 'one'. "
-        assert say("a", "two") == "You have said 2 things, first 'one', last 'two'. "
-        assert say("b", "three") == "You have said 1 things, first 'three', last 'three'. "
+        assert [say("a", "one"), say("a", "two"), say("b", "three")] == answers
 
 
 def test_every_example_is_tried_here() -> None:
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert names == {"hello", "stream_async", "my_agent", "upload", "errors"}
+    assert names == {
+        *("hello", "stream_async", "upload", "errors"),
+        *("my_agent", "generator_agent", "pydantic_agent", "langgraph_agent"),
+    }
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
