@@ -132,13 +132,19 @@ class Heartbeat:
 
     def _live(self) -> None:
         interval_s, retry_s, is_present = self._settings.lease_s / BEATS_PER_LEASE, FIRST_RETRY_S, True
-        while not self._stopping.is_set():
-            self._loop_watch.ask()
-            self._beat_unless_stuck()
-            if not is_present:
-                self._stopping.wait(retry_s)
-                retry_s = min(2 * retry_s, LAST_RETRY_S)
-            is_present = self._presence.hold(interval_s, self._stopping)
+        while not self._stopping.is_set() and not self._loop.is_closed():
+            try:
+                self._loop_watch.ask()
+                self._beat_unless_stuck()
+                if not is_present:
+                    self._stopping.wait(retry_s)
+                    retry_s = min(2 * retry_s, LAST_RETRY_S)
+                is_present = self._presence.hold(interval_s, self._stopping)
+            except Exception:  # a thread that ends would cost the worker its lease
+                log.exception("heartbeat_broken", worker=self._worker_id)
+                self._presence.end()
+                self._stopping.wait(LAST_RETRY_S)
+                is_present = False
             if is_present:
                 retry_s = FIRST_RETRY_S
         self._presence.end()
