@@ -82,6 +82,13 @@ def test_the_protocol_names_every_script() -> None:
     assert [name for name in names if f"{name}.lua" not in PROTOCOL] == []
 
 
+def test_the_tests_that_the_guarantees_name_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "guarantees.md").read_text(encoding="utf-8")))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert [name for name in sorted(named) if f"def {name}(" not in sources] == []
+
+
 def test_the_architecture_names_every_module() -> None:
     modules = [
         path.relative_to(ROOT).as_posix()
