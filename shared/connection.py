@@ -11,7 +11,7 @@ import structlog
 from arq.connections import ArqRedis
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
-from redis.backoff import ExponentialBackoff
+from redis.backoff import NoBackoff
 from redis.retry import Retry as SyncRetry
 
 from shared.settings import Settings
@@ -83,12 +83,12 @@ def connect(settings: Settings) -> ArqRedis:
 
 
 def connect_blocking(settings: Settings) -> redis.Redis:
-    """A connection for a thread: the heartbeat's, which must not wait for the event loop."""
+    """A connection pool for a thread: the heartbeat's, which must not wait for the event loop. Nothing is retried."""
     return redis.Redis.from_url(
         settings.redis_url,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=settings.lease_s / 2,
-        retry=SyncRetry(ExponentialBackoff(cap=0.5, base=0.05), 2),
+        retry=SyncRetry(NoBackoff(), 0),
     )
 
 

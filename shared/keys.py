@@ -32,6 +32,7 @@ _SHARED = {
     "bell": "%s:bell",  # list: holds a token while the queue may hold a claimable job
     "deadlines": "%s:deadlines",  # sorted set: ids of all unfinished jobs, by the instant they must have moved on
     "workers": "%s:workers",  # sorted set: ids of the workers, by the instant their lease ends
+    "sweeper": "%s:sweeper",  # string: there for a moment after each sweep, so that processes do not all sweep at once
 }
 
 
@@ -56,6 +57,10 @@ class Keys:
     @property
     def workers(self) -> str:
         return _SHARED["workers"] % self.prefix
+
+    @property
+    def sweeper(self) -> str:
+        return _SHARED["sweeper"] % self.prefix
 
     def job(self, job_id: str) -> str:
         return _PER_ID["job_key"] % (self.prefix, job_id)

@@ -96,6 +96,12 @@ class Settings(BaseSettings):
     idle_timeout_s: float = Field(120, gt=0, description="How long a running agent may say nothing.")
     drain_timeout_s: float = Field(30, ge=0, description="How long a stopping worker lets its jobs finish.")
     lease_s: float = Field(5, gt=0.5, description="How long a worker may be silent before it counts as lost.")
+    stuck_after_s: float = Field(
+        30,
+        ge=1,
+        description="How long an agent may block its worker's event loop before the worker counts as lost. Longer than "
+        "any blocking tool that you tolerate.",
+    )
     redis_patience_s: float = Field(15, gt=0, description="How long an open stream outlives an unreachable Redis.")
     retention_s: float = Field(3600, ge=1, description="How long a finished job and its stream are kept.")
     ping_interval_s: float = Field(15, gt=0, description="A silent stream gets an SSE comment this often.")

@@ -236,8 +236,11 @@ class JobStore:
         """Ends a job because nobody wants its answer any more."""
         return await self.end(job_id, Status.CANCELLED, ErrorMarker(ErrorCode.CANCELLED, message))
 
-    async def sweep(self) -> list[Swept]:
-        """Recovers the jobs of lost workers and ends jobs past their deadline. Any process may call it at any time."""
+    async def sweep(self, *, unless_within_ms: int = 0) -> list[Swept]:
+        """Recovers the jobs of lost workers and ends jobs past their deadline. Any process may call it at any time.
+
+        Does nothing if the last such sweep of any process was less than `unless_within_ms` ago.
+        """
         rows = await self._run(
             "sweep",
             self.keys.deadlines,
@@ -246,6 +249,7 @@ class JobStore:
             self._queue_timeout_ms,
             self.settings.max_attempts,
             *(marker.payload() for marker in _SWEEP_MARKERS),
+            unless_within_ms,
         )
         return [Swept(job_id.decode(), what.decode()) for job_id, what in rows]
 

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import pytest
 import redis
+from openai.types.chat import ChatCompletionChunk
 
+from shared.connection import connect
 from shared.jobs import Status
 from shared.keys import Keys
+from shared.settings import Settings
+from shared.store import JobStore
 from tests.processes import Running, running
 from tests.waiting import wait_until
 
@@ -119,6 +124,11 @@ class Deployment:
             description=f"{job_id} to be {status.value}, is {self.job_field(job_id, 'status')}",
         )
 
+    def store(self) -> JobStore:
+        """The jobs, by a client of its own that the test closes."""
+        settings = Settings(redis_url=self.redis_url, prefix=self.keys.prefix)
+        return JobStore(connect(settings), settings)
+
     def job_ids(self) -> list[str]:
         """Of all jobs that Redis knows."""
         keys = self.redis.scan_iter(f"{self.keys.prefix}:*:job")
@@ -159,6 +169,26 @@ def deployed(folder: Path, redis_url: str, prefix: str, *, workers: int = 1, **s
             deployment.start_worker()
         deployment.wait_until_up()
         yield deployment
+
+
+Start = Callable[..., Deployment]  # what the fixture `own_service` gives: the settings to a running service
+
+
+def text_of(stream: openai.Stream[ChatCompletionChunk]) -> str:
+    """All that a stream says, to its end."""
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+def stream_until_error(service: Deployment, messages: list[Any], **options: Any) -> tuple[str, openai.APIError]:
+    """The text that came, and the error that the SDK raised."""
+    text = ""
+    with service.client(max_retries=2) as client:
+        stream = client.chat.completions.create(model="endmark", messages=messages, stream=True, **options)
+        with pytest.raises(openai.APIError) as raised:
+            for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                assert chunk.choices[0].finish_reason is None
+    return text, raised.value
 
 
 def script(**steps: Any) -> list[Any]:

@@ -5,6 +5,9 @@ The message is plain text, which it answers with itself, or a JSON script:
     {"say": ["a", "b"]}                          says the fragments
     {"say": ["a"], "then": "raise"}              … then raises; also "hang", "exit", "die" (kill -9 of its worker),
                                                  "stubborn" (ignores its cancellation for two seconds)
+    {"waits_for": "/path"}                       says nothing before this file is there
+    {"blocks_until": "/path"}                    … and keeps the event loop from turning until then
+    {"signs": true}                              says first which attempt it is, and leaves that to the next turn
     {"say": ["a"], "every_s": 0.1}               waits before each fragment
     {"say": [], "returns": "text"}               returns text without having said any
     {"finish_reason": "length"}                  ends with it
@@ -22,6 +25,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,13 @@ class ScriptedAgent:
         note = _notebook(script.get("log"), turn)
         note("started")
         try:
+            while "waits_for" in script and not Path(script["waits_for"]).exists():
+                await asyncio.sleep(0.01)
+            while "blocks_until" in script and not Path(script["blocks_until"]).exists():
+                time.sleep(0.01)  # that is what it is for
+            if script.get("signs"):
+                script["leaves"] = f"attempt {turn.attempt}"
+                await voice.text(script["leaves"])
             if script.get("recalls"):
                 await voice.text((turn.session_state or b"nothing").decode())
             await self._perform(script, voice)

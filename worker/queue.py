@@ -103,10 +103,10 @@ class QueueWorker(Worker):
 
     async def main(self) -> None:
         await wait_for_redis(self.store.redis, patience_s=self.settings.redis_patience_s)
-        await self._services.enter_async_context(self.publisher)
         heartbeat = Heartbeat(self.store, self.worker_id, self._describe(), self._on_lease_lost)
         await heartbeat.start()
         self._services.push_async_callback(heartbeat.stop)
+        await self._services.enter_async_context(self.publisher)  # closed before the lease may end
         for service in (
             sweep_forever(self.store),
             follow_orders(self.store, self.worker_id, on_stop=self._on_stop_order, on_connected=self._drop_ended_runs),

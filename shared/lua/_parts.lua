@@ -8,6 +8,22 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
+-- How long a worker that was present may be without a subscriber of its channel and without a beat.
+local ABSENCE_MS = 200
+
+-- How many connections listen to each of these channels, in their order.
+local function subscribers(channels)
+  local counts, reply = {}, redis.call('PUBSUB', 'NUMSUB', unpack(channels))
+  for i = 1, #channels do counts[i] = tonumber(reply[2 * i]) end
+  return counts
+end
+
+-- Which process this Redis is: all subscriptions end with it, and the data may not. Nil if it does not say.
+local function server_run_id()
+  local info = redis.pcall('INFO', 'server')
+  return type(info) == 'string' and string.match(info, 'run_id:(%x+)') or nil
+end
+
 -- Wakes one worker. One token is enough: a worker that leaves claimable jobs behind rings for the next.
 local function ring()
   if redis.call('LLEN', bell) == 0 then

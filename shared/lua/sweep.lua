@@ -1,11 +1,14 @@
 -- Moves on what cannot move by itself: the jobs of lost workers, jobs past their deadline, and sessions that are held.
 -- KEYS[1] the deadlines
 -- ARGV: 1 prefix, 2 most deadlines to look at, 3 retention in ms, 4 queue timeout in ms, 5 most attempts of a job,
---       then the payloads of the error markers: 6 worker_lost, 7 timeout, 8 queue_timeout, 9 no_worker
+--       then the payloads of the error markers: 6 worker_lost, 7 timeout, 8 queue_timeout, 9 no_worker,
+--       10 how long ago the last sweep of any process has to be, in ms, or nothing is done; 0: sweep in any case
 -- Returns a list of {job id, what happened}: 'retried' | 'worker_lost' | 'timeout' | 'queue_timeout' | 'no_worker'.
 
 local now, limit, retention_ms = now_ms(), ARGV[2], ARGV[3]
 local swept = {}
+
+if ARGV[10] ~= '0' and not redis.call('SET', sweeper, '1', 'NX', 'PX', ARGV[10]) then return swept end
 
 -- A lost worker's job: run it again if nothing was shown, otherwise end it, and fence the worker in both cases.
 local function recover(id, worker)
@@ -33,6 +36,36 @@ local function recover(id, worker)
   end
 end
 
+-- Ends the lease of each worker that was present on this server, and has been absent for ABSENCE_MS without a beat.
+local function end_leases_of_the_absent()
+  local present, channels = {}, {}
+  for _, worker in ipairs(redis.call('ZRANGEBYSCORE', workers, '(' .. int(now), '+inf')) do
+    local noted = redis.call('HMGET', worker_key(worker), 'present_on', 'absent_ms')
+    if noted[1] then
+      present[#present + 1] = {id = worker, on = noted[1], absent_ms = noted[2]}
+      channels[#channels + 1] = worker_channel(worker)
+    end
+  end
+  if #present == 0 then return end
+  local run_id
+  for i, count in ipairs(subscribers(channels)) do
+    local worker = present[i]
+    if count > 0 then
+      if worker.absent_ms then redis.call('HDEL', worker_key(worker.id), 'absent_ms') end
+    else
+      run_id = run_id or server_run_id()
+      if worker.on == run_id then -- otherwise Redis itself has gone away, with every subscription
+        if not worker.absent_ms then
+          redis.call('HSET', worker_key(worker.id), 'absent_ms', int(now))
+        elseif now - tonumber(worker.absent_ms) >= ABSENCE_MS then
+          redis.call('ZADD', workers, int(now), worker.id)
+        end
+      end
+    end
+  end
+end
+
+end_leases_of_the_absent()
 for _, worker in ipairs(redis.call('ZRANGEBYSCORE', workers, '-inf', int(now))) do
   for _, id in ipairs(redis.call('SMEMBERS', worker_jobs_key(worker))) do recover(id, worker) end
   redis.call('ZREM', workers, worker)

