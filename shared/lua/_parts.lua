@@ -8,6 +8,11 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
+-- Lets what follows in this script write although Redis is out of memory. Redis asks for memory only before the first
+-- write of a script, since it cannot stop in the middle; this one deletes nothing. What ends a job or keeps a lease has
+-- to work exactly then: ending jobs is what frees memory.
+local function even_without_memory() redis.call('DEL', P .. ':nothing') end
+
 -- Wakes one worker. One token is enough: a worker that leaves claimable jobs behind rings for the next.
 local function ring()
   if redis.call('LLEN', bell) == 0 then

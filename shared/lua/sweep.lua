@@ -4,6 +4,7 @@
 --       then the payloads of the error markers: 6 worker_lost, 7 timeout, 8 queue_timeout, 9 no_worker
 -- Returns a list of {job id, what happened}: 'retried' | 'worker_lost' | 'timeout' | 'queue_timeout' | 'no_worker'.
 
+even_without_memory()
 local now, limit, retention_ms = now_ms(), ARGV[2], ARGV[3]
 local swept = {}
 
