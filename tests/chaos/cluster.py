@@ -232,7 +232,8 @@ class Cluster:
             except httpx.TransportError:
                 return False
 
-        await async_wait_until(answers, timeout=40, description=f"{api.folder.name} to answer {path}")
+        check: Callable[[], Awaitable[bool]] = answers
+        await async_wait_until(check, timeout=40, description=f"{api.folder.name} to answer {path}")
 
     async def _until_all_work(self) -> None:
         def all_hold_a_lease() -> bool:
@@ -265,4 +266,4 @@ class Cluster:
 def kill_all_connections(server: DurableServer) -> None:
     """CLIENT KILL, for commands and for pub/sub; the one that asks is spared."""
     for kind in ("normal", "pubsub"):
-        server.client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+        server.client.client_kill_filter(_type=kind, skipme=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import redis
 
+from shared.entries import BEGINNING, EntryId
 from shared.jobs import ErrorCode, JobRecord
 from tests.chaos.cluster import MAX_ATTEMPTS, Cluster
 from tests.chaos.load import Told
@@ -109,9 +110,8 @@ class Oracle:
         whole = ["".join(attempt.said) for attempt in attempts if attempt.finished]
         if told.text not in whole and not (told.label.startswith("w") and "" in whole):
             yield f"the text is not what an attempt has said that finished: {told.text[:300]!r}"
-        if record is None or record.status != "succeeded":
-            if self._durable:
-                yield f"success, but the record says {record and record.status.value}"
+        if self._durable and (record is None or record.status != "succeeded"):
+            yield f"success, but the record says {record and record.status.value}"
 
     def _about_connection(self, told: Told) -> Iterator[str]:
         outages = [o for o in self._cluster.apis[told.api].outages if o.touches(told.started, told.ended)]
@@ -136,16 +136,16 @@ class Oracle:
         """Ids count without a gap, one marker is last, and one attempt at most has said anything."""
         for job_id, record in self._records.items():
             rows: Any = self._redis.xrange(self._cluster.keys.stream(job_id))
-            ids = [tuple(int(part) for part in entry_id.split(b"-")) for entry_id, _ in rows]
+            ids = [EntryId.parse(entry_id) for entry_id, _ in rows]
             kinds = [next(iter(fields)).decode() for _, fields in rows]
-            before = (0, 0)
+            before = BEGINNING
             for entry_id in ids:
-                if entry_id not in ((before[0], before[1] + 1), (entry_id[0], 0)) or entry_id <= before:
+                if not before.is_followed_by(entry_id):
                     yield f"{job_id}: {entry_id} after {before}"
                 before = entry_id
             if [kind for kind in kinds if kind in ("ok", "error")] != kinds[-1:]:
                 yield f"{job_id} is {record.status.value}, and its entries are {kinds[-5:]}"
-            said_in = {entry_id[0] for entry_id, kind in zip(ids, kinds, strict=True) if kind == "delta"}
+            said_in = {entry_id.attempt for entry_id, kind in zip(ids, kinds, strict=True) if kind == "delta"}
             if len(said_in) > 1:
                 yield f"{job_id}: the attempts {said_in} have both said something"
 

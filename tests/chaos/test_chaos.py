@@ -1,7 +1,7 @@
 """No promise is broken while processes die, stop, and lose each other and Redis.
 
-A run is a load of real clients and a schedule of faults, made of a seed. Then everything is mended, and what the clients
-were told is compared with what the agent has said and with what Redis holds (tests/chaos/oracle.py).
+A run is a load of real clients and a schedule of faults, made of a seed. Then everything is mended, and what the
+clients were told is compared with what the agent has said and with what Redis holds (tests/chaos/oracle.py).
 
     CHAOS_SEED      the seed of a run that failed; without it 1, or a new one if CHAOS_SECONDS is set
     CHAOS_SECONDS   how long the faults go on (`make chaos`: 300)
@@ -36,7 +36,7 @@ async def test_chaos(tmp_path: Path, appendfsync: str) -> None:
     try:
         async with Cluster(tmp_path, appendfsync=appendfsync) as cluster:
             broken, summary = await run(cluster, faults, durable=appendfsync == "always")
-            print(f"CHAOS_SEED={SEED} appendfsync {appendfsync}: {summary}")
+            print(f"CHAOS_SEED={SEED} appendfsync {appendfsync}: {summary}")  # noqa: T201 - `make chaos` shows it
             logs = cluster.logs() if broken else ""
     except Exception as error:
         error.add_note(f"CHAOS_SEED={SEED} CHAOS_SECONDS={SECONDS:g}\n{plan}")
