@@ -93,7 +93,7 @@ class Proxy:
         self._handlers.add(handler)
         self._writers.add(writer)
         try:
-            with suppress(OSError):
+            with suppress(OSError, asyncio.CancelledError):  # asyncio's callback cannot bear a cancelled handler
                 there_reader, there_writer = await asyncio.open_connection(HOST, self._target_port)
                 self._writers.add(there_writer)
                 try:

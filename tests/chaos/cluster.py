@@ -22,7 +22,7 @@ from tests.deployment import KEY
 from tests.durable_server import DurableServer
 from tests.processes import Running, running
 from tests.proxy import Proxy
-from tests.waiting import async_wait_until
+from tests.waiting import POLL_S, async_wait_until
 
 PREFIX = "chaos"
 QUEUE_TIMEOUT_S = 15.0
@@ -203,11 +203,12 @@ class Cluster:
         assert member.process is not None
         process = member.process.process
         member.send_signal(signum)
-        await async_wait_until(
-            lambda: process.poll() is not None,
-            timeout=DRAIN_TIMEOUT_S + 40,
-            description=f"end of {member.folder.name} after {signum.name}",
-        )
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S + 40
+        while process.poll() is None:
+            assert time.monotonic() < deadline, (
+                f"{member.folder.name} does not end after {signum.name}:\n{member.process.output[-6000:]}"
+            )
+            await asyncio.sleep(POLL_S)
         await asyncio.sleep(lasts_s)
         self._start(member)
 
@@ -232,8 +233,10 @@ class Cluster:
             except httpx.TransportError:
                 return False
 
-        check: Callable[[], Awaitable[bool]] = answers
-        await async_wait_until(check, timeout=40, description=f"{api.folder.name} to answer {path}")
+        deadline = time.monotonic() + 40
+        while not await answers():
+            assert time.monotonic() < deadline, f"waited in vain: {api.folder.name} to answer {path}"
+            await asyncio.sleep(POLL_S)
 
     async def _until_all_work(self) -> None:
         def all_hold_a_lease() -> bool:
