@@ -6,6 +6,7 @@ The message is plain text, which it answers with itself, or a JSON script:
     {"say": ["a"], "then": "raise"}              … then raises; also "hang", "exit", "die" (kill -9 of its worker),
                                                  "stubborn" (ignores its cancellation for two seconds)
     {"say": ["a"], "every_s": 0.1}               waits before each fragment
+    {"say": ["a"], "times": 1000}                says the fragments again and again
     {"say": [], "returns": "text"}               returns text without having said any
     {"finish_reason": "length"}                  ends with it
     {"reasoning": ["hm"], "tools": ["search"]}   says these before the text
@@ -23,6 +24,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ class ScriptedAgent:
             await voice.tool(name, "completed", call_id="call_1")
         for delta in script.get("tool_calls", []):
             await voice.tool_call(delta)
-        for fragment in script.get("say", []):
+        for fragment in chain.from_iterable(repeat(script.get("say", []), script.get("times", 1))):
             if every_s := script.get("every_s"):
                 await asyncio.sleep(every_s)
             await voice.text(fragment)
