@@ -22,7 +22,7 @@ import structlog
 import uvloop
 from arq.worker import Worker, func
 
-from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, wait_for_redis
+from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, try_for
 from shared.entries import ErrorMarker
 from shared.files import FileStore
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
@@ -102,10 +102,9 @@ class QueueWorker(Worker):
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def main(self) -> None:
-        await wait_for_redis(self.store.redis, patience_s=self.settings.redis_patience_s)
         await self._services.enter_async_context(self.publisher)
         heartbeat = Heartbeat(self.store, self.worker_id, self._describe(), self._on_lease_lost)
-        await heartbeat.start()
+        await try_for(self.settings.redis_patience_s, heartbeat.start)
         self._services.push_async_callback(heartbeat.stop)
         for service in (
             sweep_forever(self.store),
@@ -113,7 +112,7 @@ class QueueWorker(Worker):
         ):
             self._services.push_async_callback(_cancel, asyncio.create_task(service))
         log.info("worker_started", worker=self.worker_id, agent=self.agent.name, max_jobs=self.max_jobs)
-        await super().main()
+        await insist(super().main)  # which asks Redis for its version, and from then on outlives its absence
 
     async def close(self) -> None:
         """Ends what still runs, then lets go of the agent, the lease and Redis. Idempotent."""

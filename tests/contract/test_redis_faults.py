@@ -156,6 +156,14 @@ async def test_a_primary_that_is_a_replica_for_a_while(start: Start, server: Dur
     await idle(service)
 
 
+async def test_a_worker_that_starts_while_redis_takes_no_writes_waits(start: Start, server: DurableServer) -> None:
+    service = start(workers=0, lease_s=1)
+    server.client.client_pause(3000, all=False)  # PING is answered, the first beat is not
+    await asyncio.to_thread(service.start_worker)
+    assert await hear(service, script(say=["a"])) == Heard("a", None)
+    await idle(service)
+
+
 # -- Redis is full -----------------------------------------------------------------------------------------------------
 
 
