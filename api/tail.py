@@ -28,6 +28,7 @@ from shared.entries import BEGINNING, Entry, EntryId, UnreadableEntryError, entr
 from shared.jobs import Status
 from shared.listening import responses, subscribe, unsubscribe
 from shared.store import JobStore, StreamRead
+from shared.tasks import end_task
 
 log = structlog.get_logger(__name__)
 
@@ -204,8 +205,7 @@ class Switchboard:
         except TimeoutError:
             log.warning("readers_left_behind", streams=len(self._tails))
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_task(self._task)
 
     @asynccontextmanager
     async def follow(self, job_id: str, after: EntryId = BEGINNING) -> AsyncIterator[Tail]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from tests.chaos.cluster import APIS, WORKERS, Cluster
+from tests.chaos.cluster import Cluster
+from tests.chaos.faults import APIS, WORKERS
 from tests.chaos.load import Load, Told
 from tests.chaos.oracle import Oracle
 
