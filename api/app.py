@@ -29,6 +29,7 @@ from shared.files import FileStore
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.sweeper import sweep_forever
+from shared.tasks import end_task
 
 log = structlog.get_logger(__name__)
 
@@ -57,8 +58,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             sweeper = asyncio.create_task(sweep_forever(store))
             log.info("api_started", model=settings.model_name)
             yield
-            sweeper.cancel()
-            await asyncio.gather(sweeper, return_exceptions=True)
+            await end_task(sweeper)
         await store.redis.aclose(close_connection_pool=True)
         log.info("api_stopped")
 

@@ -39,7 +39,7 @@ from shared.text import json_bytes
 log = structlog.get_logger(__name__)
 
 SUBMIT_PATIENCE_S = 3.0  # how long a submission without an answer is repeated
-STALL_S = 60.0  # how long a client may take nothing of its stream before it counts as gone
+SEND_BYTES = 64 * 1024  # of a stream that are handed over at a time, and waited for
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -299,11 +299,20 @@ class StreamedAnswer(Response):
                 frames = PING
             if frames:
                 ping_at = now() + settings.ping_interval_s
-                try:
-                    async with asyncio.timeout(STALL_S):
-                        await send({"type": "http.response.body", "body": frames, "more_body": True})
-                except TimeoutError as stalled:
-                    raise ClientGoneError from stalled
+                await self._send(send, frames)
+
+    async def _send(self, send: Send, frames: bytes) -> None:
+        """Raises ClientGoneError if the client takes nothing for the stall timeout.
+
+        In pieces, so that a slow client is not taken for a stalled one, and only one piece waits in the server.
+        """
+        for start in range(0, len(frames), SEND_BYTES):
+            try:
+                async with asyncio.timeout(self._answer.settings.stall_timeout_s):
+                    piece = frames[start : start + SEND_BYTES]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            except TimeoutError as stalled:
+                raise ClientGoneError from stalled
 
 
 def _explain(error: TailError) -> ErrorMarker:

@@ -1,16 +1,38 @@
-"""uvicorn's HTTP protocol with a limit on the head of a request, which its httptools protocol lacks."""
+"""uvicorn's HTTP protocol with two limits that it lacks: on a request's head, and on stalled readers.
+
+uvicorn closes a connection only when everything written to it was taken. A client that takes nothing would be kept,
+with its socket and what is buffered for it, for as long as it likes, even when its answer has long been complete.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import socket
+
+import structlog
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
+
 MAX_HEAD_BYTES = 512 * 1024  # request line and headers; one read of the socket may carry 256 KB of body behind them
+# What the kernel buffers for a client beyond what is on its way. By default it takes megabytes, and tells of room only
+# when a third of them is free: a slow client would look like a stalled one, and cost as much.
+UNSENT_BYTES = 128 * 1024
 
 
 class LimitedHttpToolsProtocol(HttpToolsProtocol):
-    """Refuses a request whose head does not end within MAX_HEAD_BYTES with a 400, and closes the connection."""
+    """Refuses a request whose head does not end within MAX_HEAD_BYTES with a 400, and closes the connection.
 
+    Cuts off a client that has taken nothing for `stall_timeout_s` although something waits for it.
+    """
+
+    stall_timeout_s = 60.0
     _unfinished_head_bytes = 0
+    _stall_watch: asyncio.TimerHandle | None = None
+
+    # -- the head ------------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         self._unfinished_head_bytes += len(data)
@@ -25,3 +47,45 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._unfinished_head_bytes = 0
+
+    # -- stalled readers -----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        connection: socket.socket | None = transport.get_extra_info("socket")
+        if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._end_watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_watch()
+        super().connection_lost(exc)
+
+    def _watch(self, waiting_bytes: int) -> None:
+        self._end_watch()
+        self._stall_watch = self.loop.call_later(self.stall_timeout_s, self._look_again, waiting_bytes)
+
+    def _look_again(self, waiting_bytes: int) -> None:
+        still_waiting_bytes = self.transport.get_write_buffer_size()
+        if still_waiting_bytes < waiting_bytes:
+            self._watch(still_waiting_bytes)
+        else:
+            log.warning("client_stalled", waiting_bytes=still_waiting_bytes)
+            self.transport.abort()
+
+    def _end_watch(self) -> None:
+        if self._stall_watch is not None:
+            self._stall_watch.cancel()
+            self._stall_watch = None
+
+
+def protocol_for(settings: Settings) -> type[LimitedHttpToolsProtocol]:
+    """uvicorn takes a class, and gives it no room for options."""
+    return type("Protocol", (LimitedHttpToolsProtocol,), {"stall_timeout_s": settings.stall_timeout_s})

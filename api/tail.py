@@ -28,10 +28,12 @@ from shared.entries import BEGINNING, Entry, EntryId, UnreadableEntryError, entr
 from shared.jobs import Status
 from shared.listening import responses, subscribe, unsubscribe
 from shared.store import JobStore, StreamRead
+from shared.tasks import end_task
 
 log = structlog.get_logger(__name__)
 
 PAGE_ENTRIES = 100  # how many entries one read returns at most
+PAGE_BYTES = 1024 * 1024  # what one read is to return, as far as the entries before it foretell
 QUIET_S = 15.0  # how long a silent stream is trusted to be silent
 DEAF_S = 0.25  # the same while pub/sub is not connected
 RECONNECT_S = 0.1
@@ -66,6 +68,7 @@ class Tail:
         self._switchboard = switchboard
         self._heard: list[Entry] = []
         self._heard_bytes = 0
+        self._page_entries = PAGE_ENTRIES
         self._must_read = True
         self._trusted_at = 0.0  # of the loop's clock: when something was last heard or read
         self._interrupted = asyncio.Event()
@@ -76,6 +79,7 @@ class Tail:
         if self._must_read:
             pass  # the stream tells it too
         elif self._heard_bytes > HEARD_BYTES:
+            self._size_pages(self._heard)
             self.doubt()
         else:
             self._heard.append(entry)
@@ -151,7 +155,8 @@ class Tail:
         """What the stream holds behind the cursor. What is heard meanwhile is kept, and compared with it later."""
         self._must_read = False
         self._forget_heard()
-        read = await self._switchboard.read(self.job_id, self.cursor, self._interrupted)
+        asked_for = self._page_entries
+        read = await self._switchboard.read(self.job_id, self.cursor, asked_for, self._interrupted)
         if read is None:
             return []
         self._trusted_at = asyncio.get_running_loop().time()
@@ -165,9 +170,16 @@ class Tail:
             if not cursor.is_followed_by(entry.id):
                 raise StreamGapError(f"{self.job_id} has {entry.id} after {cursor}")
             cursor = entry.id
-        if len(read.entries) == PAGE_ENTRIES:
+        if len(read.entries) == asked_for:
             self._must_read = True
+        if read.entries:
+            self._size_pages(read.entries)
         return read.entries
+
+    def _size_pages(self, entries: list[Entry]) -> None:
+        """Large entries are read a few at a time: many slow readers must fit into memory."""
+        mean_bytes = 1 + sum(len(entry.payload) for entry in entries) // len(entries)
+        self._page_entries = max(1, min(PAGE_ENTRIES, PAGE_BYTES // mean_bytes))
 
 
 class Switchboard:
@@ -193,8 +205,7 @@ class Switchboard:
         except TimeoutError:
             log.warning("readers_left_behind", streams=len(self._tails))
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_task(self._task)
 
     @asynccontextmanager
     async def follow(self, job_id: str, after: EntryId = BEGINNING) -> AsyncIterator[Tail]:
@@ -229,13 +240,13 @@ class Switchboard:
         """How long a tail may trust that nothing has happened."""
         return QUIET_S if self._pubsub is not None else DEAF_S
 
-    async def read(self, job_id: str, cursor: EntryId, interrupted: asyncio.Event) -> StreamRead | None:
+    async def read(self, job_id: str, cursor: EntryId, count: int, interrupted: asyncio.Event) -> StreamRead | None:
         """Reads a stream, trying again while Redis does not answer; None if interrupted. Raises TailError."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._store.settings.redis_patience_s
         while not interrupted.is_set():
             try:
-                return await self._store.read_after(job_id, cursor, PAGE_ENTRIES)
+                return await self._store.read_after(job_id, cursor, count)
             except UnreadableEntryError as error:
                 raise StreamGapError(str(error)) from error
             except FAILURES as error:

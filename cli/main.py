@@ -52,7 +52,7 @@ def api(host: str | None, port: int | None, redis_url: str | None) -> None:
     """Run one API process: it accepts requests and relays answers."""
     import uvicorn
 
-    from api.protocol import LimitedHttpToolsProtocol
+    from api.protocol import protocol_for
 
     override(host=host, port=port, redis_url=redis_url)
     settings = read_settings()
@@ -63,7 +63,7 @@ def api(host: str | None, port: int | None, redis_url: str | None) -> None:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=LimitedHttpToolsProtocol,
+        http=protocol_for(settings),
         ws="none",
         lifespan="on",
         log_config=None,  # create_app configures logging

@@ -106,16 +106,14 @@ async def insist(call: Callable[[], Awaitable[T]]) -> T:
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
 
-async def wait_for_redis(client: ArqRedis, *, patience_s: float) -> None:
-    """Returns once Redis answers. Raises one of FAILURES after `patience_s`."""
+async def try_for(patience_s: float, call: Callable[[], Awaitable[T]]) -> T:
+    """Repeats an idempotent call until Redis answers. Raises one of FAILURES after `patience_s`."""
     deadline = asyncio.get_running_loop().time() + patience_s
     while True:
         try:
-            await client.ping()
+            return await call()
         except FAILURES as error:
             if not passes(error) or asyncio.get_running_loop().time() > deadline:
                 raise
             log.warning("redis_unreachable", reason=str(error))
             await asyncio.sleep(min(1.0, patience_s / 10))
-        else:
-            return

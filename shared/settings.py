@@ -107,6 +107,10 @@ class Settings(BaseSettings):
     ping_interval_s: float = Field(15, gt=0, description="A silent stream gets an SSE comment this often.")
     heartbeat_interval_s: float = Field(45, gt=0, description="A silent stream gets an empty chunk this often.")
 
+    stall_timeout_s: float = Field(
+        60, gt=0, description="How long a client may take nothing of its answer before its connection is closed."
+    )
+
     log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least severe line logged.")
 

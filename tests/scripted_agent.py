@@ -9,6 +9,7 @@ The message is plain text, which it answers with itself, or a JSON script:
     {"blocks_until": "/path"}                    … and keeps the event loop from turning until then
     {"signs": true}                              says first which attempt it is, and leaves that to the next turn
     {"say": ["a"], "every_s": 0.1}               waits before each fragment
+    {"say": ["a"], "times": 1000}                says the fragments again and again
     {"say": [], "returns": "text"}               returns text without having said any
     {"finish_reason": "length"}                  ends with it
     {"reasoning": ["hm"], "tools": ["search"]}   says these before the text
@@ -27,6 +28,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ class ScriptedAgent:
             await voice.tool(name, "completed", call_id="call_1")
         for delta in script.get("tool_calls", []):
             await voice.tool_call(delta)
-        for fragment in script.get("say", []):
+        for fragment in chain.from_iterable(repeat(script.get("say", []), script.get("times", 1))):
             if every_s := script.get("every_s"):
                 await asyncio.sleep(every_s)
             await voice.text(fragment)

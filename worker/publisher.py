@@ -23,6 +23,7 @@ from shared.connection import FAILURES, FIRST_RETRY_S, LAST_RETRY_S, passes
 from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
+from shared.tasks import end_task
 
 log = structlog.get_logger(__name__)
 
@@ -182,8 +183,7 @@ class Publisher:
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_task(self._task)
 
     def open(self, claim: Claim, on_lost: Callable[[Loss], None]) -> AttemptLog:
         """The log of a claimed attempt. `on_lost` is called at most once, as soon as Redis refuses an entry."""

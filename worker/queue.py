@@ -22,7 +22,7 @@ import structlog
 import uvloop
 from arq.worker import Worker, func
 
-from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, wait_for_redis
+from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, try_for
 from shared.entries import ErrorMarker
 from shared.files import FileStore
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
@@ -30,6 +30,7 @@ from shared.keys import Keys
 from shared.settings import Settings
 from shared.store import Claim, JobStore
 from shared.sweeper import sweep_forever
+from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
 from worker.agents.contract import Agent
 from worker.liveness import Heartbeat
@@ -102,18 +103,17 @@ class QueueWorker(Worker):
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def main(self) -> None:
-        await wait_for_redis(self.store.redis, patience_s=self.settings.redis_patience_s)
         heartbeat = Heartbeat(self.store, self.worker_id, self._describe(), self._on_lease_lost)
-        await heartbeat.start()
+        await try_for(self.settings.redis_patience_s, heartbeat.start)
         self._services.push_async_callback(heartbeat.stop)
         await self._services.enter_async_context(self.publisher)  # closed before the lease may end
         for service in (
             sweep_forever(self.store),
             follow_orders(self.store, self.worker_id, on_stop=self._on_stop_order, on_connected=self._drop_ended_runs),
         ):
-            self._services.push_async_callback(_cancel, asyncio.create_task(service))
+            self._services.push_async_callback(end_task, asyncio.create_task(service))
         log.info("worker_started", worker=self.worker_id, agent=self.agent.name, max_jobs=self.max_jobs)
-        await super().main()
+        await insist(super().main)  # which asks Redis for its version, and from then on outlives its absence
 
     async def close(self) -> None:
         """Ends what still runs, then lets go of the agent, the lease and Redis. Idempotent."""
@@ -284,7 +284,7 @@ class QueueWorker(Worker):
         stop_now.cancel()
         await self._stop_runs()
         if self.main_task is not None:
-            self.main_task.cancel()
+            await end_task(self.main_task)
         if self.on_stop is not None:
             self.on_stop(signum)
 
@@ -299,8 +299,3 @@ class QueueWorker(Worker):
 
     def _unfinished(self) -> set[asyncio.Task[Any]]:
         return {task for task in self.tasks.values() if not task.done()}
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

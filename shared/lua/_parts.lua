@@ -23,6 +23,10 @@ local function server_run_id()
   local info = redis.pcall('INFO', 'server')
   return type(info) == 'string' and string.match(info, 'run_id:(%x+)') or nil
 end
+-- Lets what follows in this script write although Redis is out of memory. Redis asks for memory only before the first
+-- write of a script, since it cannot stop in the middle; this one deletes nothing. What ends a job or keeps a lease has
+-- to work exactly then: ending jobs is what frees memory.
+local function even_without_memory() redis.call('DEL', P .. ':nothing') end
 
 -- Wakes one worker. One token is enough: a worker that leaves claimable jobs behind rings for the next.
 local function ring()

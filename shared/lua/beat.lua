@@ -3,6 +3,7 @@
 -- ARGV: 1 prefix, 2 worker id, 3 lease in ms, 4.. fields and values that describe the worker
 -- Returns 1, or 0 if the worker had no lease: it is new, or it was taken for lost and its jobs are no longer its own.
 
+even_without_memory()
 local worker = ARGV[2]
 local had_lease = redis.call('ZADD', KEYS[1], int(now_ms() + tonumber(ARGV[3])), worker) == 0
 redis.call('HSET', worker_key(worker), unpack(ARGV, 4))

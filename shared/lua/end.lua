@@ -6,5 +6,6 @@
 local status = redis.call('HGET', KEYS[1], 'status')
 if not status then return 'gone' end
 if is_terminal(status) then return status end
+even_without_memory()
 end_from_outside(ARGV[2], ARGV[4], ARGV[3], now_ms(), ARGV[5])
 return 'done'

@@ -5,20 +5,19 @@
 --       11 with an 'ok' the new session state, or '' to leave it as it is, 12 its time to live in ms, 0: for ever,
 --       13.. more fields and values of the record
 -- Returns 'done', or without any change: 'fenced' (another attempt, another worker, or an end came first) | 'gone'
--- (no record) | 'incomplete' (an `ok` whose attempt is not whole in the stream).
+-- (no record) | 'incomplete' (the attempt is not whole in the stream).
 
 local id, worker, attempt, kind = ARGV[2], ARGV[3], ARGV[4], ARGV[6]
 local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt', 'session')
 if not job[1] then return 'gone' end
 if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 'fenced' end
-if kind == 'ok' then
-  local last = redis.call('XREVRANGE', stream_key(id), '+', '-', 'COUNT', 1)
-  local said = tonumber(ARGV[5]) - 1
-  local whole = #last == 1 and last[1][1] == attempt .. '-' .. int(said)
-    and redis.call('XLEN', stream_key(id)) == tonumber(attempt) + said -- each attempt so far has one opening
-  if not whole then return 'incomplete' end
-end
+local last = redis.call('XREVRANGE', stream_key(id), '+', '-', 'COUNT', 1)
+local said = tonumber(ARGV[5]) - 1
+local whole = #last == 1 and last[1][1] == attempt .. '-' .. int(said)
+  and redis.call('XLEN', stream_key(id)) == tonumber(attempt) + said -- each attempt so far has one opening
+if not whole then return 'incomplete' end
 
+even_without_memory()
 local now = now_ms()
 end_job(id, attempt .. '-' .. ARGV[5], kind, ARGV[7], ARGV[8], now, ARGV[9])
 redis.call('HSET', KEYS[1], unpack(ARGV, 13))

@@ -4,6 +4,7 @@
 --       6 retention in ms
 -- Returns 1, or 0 if the attempt is not the job's current one, or not this worker's.
 
+even_without_memory()
 local id, worker, attempt = ARGV[2], ARGV[3], ARGV[4]
 local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt')
 if not job[1] then redis.call('ZREM', deadlines, id) end -- the record has expired

@@ -3,6 +3,7 @@
 -- ARGV: 1 prefix, 2 worker id
 -- Returns 1, or 0 if it still holds unfinished jobs: then its lease ends now, and the next sweep recovers them.
 
+even_without_memory()
 for _, id in ipairs(redis.call('SMEMBERS', worker_jobs_key(ARGV[2]))) do
   local status = redis.call('HGET', job_key(id), 'status')
   if not status or is_terminal(status) then

@@ -5,6 +5,7 @@
 --       10 how long ago the last sweep of any process has to be, in ms, or nothing is done; 0: sweep in any case
 -- Returns a list of {job id, what happened}: 'retried' | 'worker_lost' | 'timeout' | 'queue_timeout' | 'no_worker'.
 
+even_without_memory()
 local now, limit, retention_ms = now_ms(), ARGV[2], ARGV[3]
 local swept = {}
 

@@ -465,6 +465,16 @@ async def test_an_ok_is_refused_if_the_stream_does_not_hold_the_whole_answer(sto
     assert await status_of(store, attempt.job_id) is Status.FAILED
 
 
+async def test_an_error_leaves_no_hole_before_it(store: JobStore) -> None:
+    """Memory may come free between a refused entry and the marker behind it, in one pipeline."""
+    attempt = await running(store)
+    await attempt.say(b"a")
+    attempt.tally.add(Kind.DELTA, b"refused")
+    before = await everything(store)
+    assert await attempt.finish_error() is Ending.INCOMPLETE
+    assert await everything(store) == before
+
+
 async def test_an_ok_of_a_second_attempt_counts_only_its_own_entries(store: JobStore) -> None:
     first = await running(store)
     await WorkerSteps(store, first.worker_id).lapse()
