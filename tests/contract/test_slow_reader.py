@@ -42,7 +42,7 @@ def own_service(tmp_path: Path, redis_url: str, prefix: str) -> Iterator[Start]:
 class Reader:
     """A client with a small window that reads only when it is told to."""
 
-    def __init__(self, service: Deployment, *, times: int, stream: bool) -> None:
+    def __init__(self, service: Deployment, *, times: int, stream: bool, every_s: float) -> None:
         self._service = service
         before = set(service.job_ids())
         self._socket = socket.socket()
@@ -54,7 +54,7 @@ class Reader:
             {
                 "model": "endmark",
                 "stream": stream,
-                "messages": [{"role": "system", "content": "s"}, *script(say=[FRAGMENT], times=times)],
+                "messages": [{"role": "system", "content": "s"}, *script(say=[FRAGMENT], times=times, every_s=every_s)],
             }
         )
         self._socket.sendall(
@@ -91,8 +91,8 @@ class Reader:
 
 
 @contextmanager
-def a_reader(service: Deployment, *, times: int, stream: bool = True) -> Iterator[Reader]:
-    reader = Reader(service, times=times, stream=stream)
+def a_reader(service: Deployment, *, times: int, stream: bool = True, every_s: float = 0) -> Iterator[Reader]:
+    reader = Reader(service, times=times, stream=stream, every_s=every_s)
     try:
         yield reader
     finally:
@@ -150,7 +150,7 @@ def test_a_reader_that_stops_costs_little_and_misses_nothing(own_service: Start)
 
 def test_a_reader_that_stalls_is_cut_off_and_its_job_is_cancelled(own_service: Start) -> None:
     service = own_service(stall_timeout_s=1)
-    with a_reader(service, times=3200) as reader:
+    with a_reader(service, times=6400, every_s=0.01) as reader:  # a minute: long after the cut
         service.wait_for_status(reader.job_id, Status.CANCELLED, timeout=20)
         wait_until(lambda: not reader.is_connected(), timeout=5, description="the API to let go of the connection")
         assert b"[DONE]" not in reader.read_to_the_end()
