@@ -141,6 +141,7 @@ Message = Annotated[
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_tool_events: bool = False  # ours: what the agent's own tools do, as `tool_event` of otherwise empty chunks
+    include_sequence_numbers: bool = False  # ours: `sequence_number` on every chunk, to resume the stream behind it
 
 
 class ChatRequest(_Strict):

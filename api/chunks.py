@@ -3,6 +3,7 @@
 Rule 1: the first chunk carries `role` together with its content, and no later one repeats it.
 Rule 2: `finish_reason` is null on every chunk but the last before usage; `id`, `created` and `model` never change.
 Rule 3: a frame that carries an error carries nothing else, and nothing follows it.
+Rule 4: a chunk's number is that of its entry, counted from 1, whatever the client asked to see.
 
 The shapes are those of docs/protocol.md, measured against the SDKs.
 """
@@ -19,7 +20,6 @@ from shared.entries import Entry, ErrorMarker, Kind, OkMarker, Usage
 from shared.text import bytes_text, json_bytes, parse_json
 
 DONE = b"data: [DONE]\n\n"
-PING = b": ping\n\n"
 
 EMPTY_ANSWER = "I completed the request but have no answer to show. Please try again or narrow the task."
 
@@ -30,9 +30,20 @@ class ChunkEncoder:
     """The frames of one streamed completion."""
 
     def __init__(
-        self, *, completion_id: str, created: int, model: str, include_usage: bool, include_tool_events: bool = False
+        self,
+        *,
+        completion_id: str,
+        created: int,
+        model: str,
+        include_usage: bool,
+        include_tool_events: bool = False,
+        include_sequence_numbers: bool = False,
+        starting_after: int = 0,
     ) -> None:
-        """`created` is in seconds since the epoch."""
+        """`created` is in seconds since the epoch. Chunks up to the number `starting_after` are left out."""
+        self.number = 0
+        self._starting_after = starting_after
+        self._include_sequence_numbers = include_sequence_numbers
         head = json_bytes(
             {
                 "id": completion_id,
@@ -48,15 +59,24 @@ class ChunkEncoder:
         self._head = b"data: " + head
         self._delta_head = self._head + b',"choices":[{"index":0,"delta":{'
         self._delta_end = b'},"logprobs":null,"finish_reason":null}]' + usage
-        self._delta_tail = self._delta_end + b"}\n\n"
-        self._finish_tail = b'},"logprobs":null,"finish_reason":%b}]' + usage + b"}\n\n"
+        self._finish_end = b'},"logprobs":null,"finish_reason":%b}]' + usage
         self._role = _ROLE
+
+    def opening(self) -> bytes:
+        """Nothing: the first chunk carries content."""
+        return b""
 
     def frames(self, entries: Iterable[Entry]) -> bytes:
         """The chunks of entries that the relay has passed on."""
         return b"".join([self._frame(entry) for entry in entries])
 
     def _frame(self, entry: Entry) -> bytes:
+        if entry.kind is Kind.OPEN:
+            return b""
+        self.number += 1
+        if self.number <= self._starting_after:
+            return b""
+        extra = b""
         match entry.kind:
             case Kind.DELTA:
                 field = b'"content":' + json_bytes(bytes_text(entry.payload))
@@ -64,29 +84,31 @@ class ChunkEncoder:
                 field = b'"reasoning_content":' + json_bytes(bytes_text(entry.payload))
             case Kind.TOOL_CALL:
                 field = b'"tool_calls":[' + entry.payload + b"]"
-            case Kind.TOOL if self._include_tool_events:
-                return self._tool_event(entry.payload)
+            case Kind.TOOL if self._include_tool_events:  # a chunk that is empty for clients that do not know the field
+                field, extra = b"", b',"tool_event":' + entry.payload
             case _:
                 return b""
         role, self._role = self._role, b""
-        return self._delta_head + role + field + self._delta_tail
+        delta = role + field if field else role.rstrip(b",")
+        return self._delta_head + delta + self._delta_end + extra + self._chunk_tail()
 
-    def _tool_event(self, payload: bytes) -> bytes:
-        """A chunk that is empty for clients that do not know the extra field."""
-        role, self._role = self._role.rstrip(b","), b""
-        return self._delta_head + role + self._delta_end + b',"tool_event":' + payload + b"}\n\n"
+    def _chunk_tail(self) -> bytes:
+        return b',"sequence_number":%d}\n\n' % self.number if self._include_sequence_numbers else b"}\n\n"
 
     def heartbeat(self) -> bytes:
         """An empty chunk: clients that count parsed chunks, not comments, see that the stream lives."""
-        return self._delta_head + self._delta_tail
+        return self._delta_head + self._delta_end + self._chunk_tail()
 
     def ending(self, ok: OkMarker) -> bytes:
         """The last frames of a whole answer."""
         role = _ROLE + b'"content":""' if self._role else b""
-        frames = self._delta_head + role + self._finish_tail % orjson.dumps(ok.finish_reason)
+        frames = self._delta_head + role + self._finish_end % orjson.dumps(ok.finish_reason) + self._chunk_tail()
         if self._include_usage:
-            frames += self._head + b',"choices":[],"usage":' + orjson.dumps(_usage(ok.usage)) + b"}\n\n"
+            frames += self._head + b',"choices":[],"usage":' + orjson.dumps(_usage(ok.usage)) + self._chunk_tail()
         return frames + DONE
+
+    def error(self, marker: ErrorMarker) -> bytes:
+        return error_frame(marker)
 
 
 def error_frame(marker: ErrorMarker) -> bytes:

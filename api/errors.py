@@ -6,6 +6,7 @@
     ├── AuthenticationError      401
     ├── ForbiddenError           403   a web page, or another machine, without a key
     ├── NotFoundError            404
+    ├── GoneError                410   the job is known, what it said is not stored any more
     ├── PayloadTooLargeError     413
     ├── QueueFullError           429   retried by the SDKs
     ├── JobFailedError           5xx   the job ended without a whole answer; not retried by the SDKs
@@ -83,6 +84,12 @@ class NotFoundError(ApiError):
     status = 404
     type = "invalid_request_error"
     code = "not_found"
+
+
+class GoneError(ApiError):
+    status = 410
+    type = "invalid_request_error"
+    code = "gone"
 
 
 class PayloadTooLargeError(ApiError):

@@ -25,7 +25,10 @@ class Relay:
         self._tally = Tally()
 
     def accept(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Takes the next entries in order; returns those to pass on. `ending` is set when there are no more."""
+        """Takes the next entries in order; returns those to pass on, with openings, without markers.
+
+        `ending` is set when there are no more.
+        """
         passed_on: list[Entry] = []
         for entry in entries:
             if self.ending is not None:
@@ -33,6 +36,8 @@ class Relay:
             if entry.kind is Kind.OPEN:
                 if self._tally.count:
                     self.ending = INCOMPLETE
+                else:
+                    passed_on.append(entry)
             elif entry.is_marker:
                 self.ending = self._judge(entry)
             else:

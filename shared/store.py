@@ -34,6 +34,18 @@ class QueueFullError(Exception):
         self.of_session = of_session
 
 
+class Accepted(NamedTuple):
+    """What became of a submission."""
+
+    is_new: bool  # False: a job with its id exists already
+    accepted_ms: int  # Redis's clock when the job was accepted
+
+    @property
+    def created_s(self) -> int:
+        """What the client is told as `created`, in seconds since the epoch."""
+        return self.accepted_ms // 1000
+
+
 class Claim(NamedTuple):
     """A worker's right to execute one attempt of a job."""
 
@@ -103,8 +115,8 @@ class JobStore:
 
     # -- accepting ---------------------------------------------------------------------------------------------------
 
-    async def submit(self, job: Submission) -> bool:
-        """Queues a job. False if a job with its id exists already. Raises QueueFullError."""
+    async def submit(self, job: Submission) -> Accepted:
+        """Queues a job, once: one with its id that exists already stays as it is. Raises QueueFullError."""
         answer = await self._run(
             "submit",
             self.keys.job(job.job_id),
@@ -120,7 +132,8 @@ class JobStore:
         )
         if answer in (b"queue_full", b"session_full"):
             raise QueueFullError(of_session=answer == b"session_full")
-        return bool(answer == b"accepted")
+        what, accepted_ms = answer
+        return Accepted(what == b"accepted", int(accepted_ms))
 
     # -- a worker's steps --------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ def a_submission(job_id: str | None = None, *, session: str = "", **changes: Any
 async def submitted(store: JobStore, job_id: str | None = None, *, session: str = "", **changes: Any) -> str:
     """The id of a job that was just accepted."""
     job = a_submission(job_id, session=session, **changes)
-    assert await store.submit(job)
+    assert (await store.submit(job)).is_new
     return job.job_id
 
 

@@ -3,10 +3,11 @@
 -- ARGV: 1 prefix, 2 job id, 3 session key or '', 4 arq's job payload, 5 the request, 6 queue timeout in ms,
 --       7 time to live of an unfinished job in ms, 8 most unfinished jobs, 9 most turns of a session,
 --       10.. fields and values of the record
--- Returns 'accepted', or without any change: 'duplicate' | 'queue_full' | 'session_full'.
+-- Returns {'accepted', accepted ms}, or without any change: {'duplicate', its accepted ms} | 'queue_full' | 'session_full'.
 
 local id, session, ttl_ms = ARGV[2], ARGV[3], ARGV[7]
-if redis.call('EXISTS', KEYS[1]) == 1 then return 'duplicate' end
+local accepted_ms = redis.call('HGET', KEYS[1], 'accepted_ms')
+if accepted_ms then return {'duplicate', accepted_ms} end
 if redis.call('ZCARD', deadlines) >= tonumber(ARGV[8]) then return 'queue_full' end
 if session ~= '' and redis.call('LLEN', turns_key(session)) >= tonumber(ARGV[9]) then return 'session_full' end
 
@@ -29,4 +30,4 @@ else
   local head = redis.call('LINDEX', turns, 0)
   if head == id or redis.call('EXISTS', job_key(head)) == 0 then promote_next_turn(turns, now) end
 end
-return 'accepted'
+return {'accepted', int(now)}

@@ -75,7 +75,7 @@ async def error_of(store: JobStore, job_id: str) -> ErrorMarker:
 
 async def test_an_accepted_job_is_queued_and_says_what_was_asked(store: JobStore) -> None:
     job = a_submission(session="api:s", metadata={"k": "v"}, user="u", store=True, request_id="req_1")
-    assert await store.submit(job)
+    assert (await store.submit(job)).is_new
     record = await record_of(store, job.job_id)
     assert (record.status, record.session, record.model, record.metadata) == (
         Status.QUEUED,
@@ -92,14 +92,14 @@ async def test_an_accepted_job_is_queued_and_says_what_was_asked(store: JobStore
 async def test_a_job_is_accepted_once(store: JobStore) -> None:
     job_id = await submitted(store)
     before = await everything(store)
-    assert not await store.submit(a_submission(job_id, session="api:other", model="other"))
+    assert not (await store.submit(a_submission(job_id, session="api:other", model="other"))).is_new
     assert await everything(store) == before
 
 
 async def test_a_finished_job_is_not_accepted_again(store: JobStore) -> None:
     attempt = await running(store)
     await attempt.finish_ok()
-    assert not await store.submit(a_submission(attempt.job_id))
+    assert not (await store.submit(a_submission(attempt.job_id))).is_new
     assert await status_of(store, attempt.job_id) is Status.SUCCEEDED
 
 
@@ -187,7 +187,7 @@ async def test_nothing_of_arq_is_left_after_the_end(make_store: MakeStore, how: 
 
 async def test_a_claim_opens_the_first_attempt_and_gives_the_request(store: JobStore) -> None:
     job = a_submission(messages=[{"role": "user", "content": "\ud83d half, \x00 and 🙂"}], params={"temperature": 0})
-    assert await store.submit(job)
+    assert (await store.submit(job)).is_new
     worker = await a_worker(store)
     claim = (await worker.claim_one()).claim
     assert claim.request == job.request_bytes()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from api.chunks import DONE, EMPTY_ANSWER, PING, ChunkEncoder, completion, error_frame
+from api.chunks import DONE, EMPTY_ANSWER, ChunkEncoder, completion, error_frame
+from api.sse import PING
 from shared.entries import Entry, EntryId, ErrorMarker, Kind, OkMarker, Usage
 from shared.text import json_bytes, text_bytes
 

@@ -32,7 +32,7 @@ def has_ended(relay: Relay) -> bool:
 
 def test_a_whole_answer_ends_well() -> None:
     relay, entries = Relay(), said(b"a", b"b")
-    assert relay.accept([OPEN]) == []
+    assert relay.accept([OPEN]) == [OPEN]
     assert relay.accept(entries[:1]) == entries[:1]
     assert not has_ended(relay)
     assert relay.accept([entries[1], ok(entries)]) == entries[1:]
@@ -42,20 +42,20 @@ def test_a_whole_answer_ends_well() -> None:
 
 def test_an_empty_answer_is_whole() -> None:
     relay = Relay()
-    assert relay.accept([OPEN, ok([])]) == []
+    assert relay.accept([OPEN, ok([])]) == [OPEN]
     assert isinstance(relay.ending, OkMarker)
 
 
 def test_everything_that_was_said_counts_even_what_this_wire_does_not_show() -> None:
     relay = Relay()
     entries = said(b"{}", kind=Kind.TOOL)
-    assert relay.accept([OPEN, *entries, ok(entries)]) == entries
+    assert relay.accept([OPEN, *entries, ok(entries)]) == [OPEN, *entries]
     assert isinstance(relay.ending, OkMarker)
 
 
 def test_an_error_marker_ends_an_answer_as_it_says() -> None:
     relay, entries = Relay(), said(b"a")
-    assert relay.accept([OPEN, *entries, error("worker_lost")]) == entries
+    assert relay.accept([OPEN, *entries, error("worker_lost")]) == [OPEN, *entries]
     assert relay.ending == ErrorMarker("worker_lost", "message")
 
 
@@ -63,7 +63,7 @@ def test_nothing_is_passed_on_after_a_marker() -> None:
     entries = said(b"a")
     for marker in (ok(entries), error()):
         relay = Relay()
-        assert relay.accept([OPEN, *entries, marker, *said(b"b"), ok(said(b"b"))]) == entries
+        assert relay.accept([OPEN, *entries, marker, *said(b"b"), ok(said(b"b"))]) == [OPEN, *entries]
         ending = relay.ending
         assert relay.accept(said(b"c")) == []
         assert relay.accept([error("other")]) == []
@@ -72,13 +72,14 @@ def test_nothing_is_passed_on_after_a_marker() -> None:
 
 def test_a_second_attempt_before_anything_was_passed_on_is_as_good_as_the_first() -> None:
     relay, entries = Relay(), said(b"a", attempt=2)
-    assert relay.accept([OPEN, OPEN._replace(id=EntryId(2, 0)), *entries, ok(entries, attempt=2)]) == entries
+    again = OPEN._replace(id=EntryId(2, 0))
+    assert relay.accept([OPEN, again, *entries, ok(entries, attempt=2)]) == [OPEN, again, *entries]
     assert isinstance(relay.ending, OkMarker)
 
 
 def test_a_second_attempt_after_something_was_passed_on_makes_the_answer_incomplete() -> None:
     relay, entries = Relay(), said(b"a")
-    assert relay.accept([OPEN, *entries, OPEN._replace(id=EntryId(2, 0)), *said(b"a", attempt=2)]) == entries
+    assert relay.accept([OPEN, *entries, OPEN._replace(id=EntryId(2, 0)), *said(b"a", attempt=2)]) == [OPEN, *entries]
     assert relay.ending == INCOMPLETE
 
 

@@ -1,0 +1,109 @@
+"""One client's way through one job's stream, on whatever route: follow, verify, and know how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from starlette.types import Receive
+
+from api.errors import ClientGoneError, JobFailedError
+from api.relay import INCOMPLETE, Relay
+from api.services import Services
+from api.tail import StreamExpiredError, StreamUnreachableError, Tail, TailError
+from shared.connection import FAILURES
+from shared.entries import Entry, ErrorMarker, OkMarker
+from shared.jobs import ErrorCode
+
+log = structlog.get_logger(__name__)
+
+INTERRUPTED = ErrorMarker(ErrorCode.STREAM_INTERRUPTED, "The server was stopped before the answer was complete.")
+
+
+class Answer:
+    """What one client gets of a job. Made for each request; not for concurrent use."""
+
+    def __init__(self, services: Services, job_id: str, *, cancels: bool) -> None:
+        """`cancels`: the job is cancelled if this client goes away before the ending."""
+        self.job_id = job_id
+        self.settings = services.settings
+        self._services = services
+        self._cancels = cancels
+        self._relay = Relay()
+        self._client_gone = False
+
+    async def entries(self, tail: Tail, timeout_s: float) -> list[Entry]:
+        """The next entries to pass on; none after the timeout, or when `ending` is set. Raises ClientGoneError."""
+        try:
+            entries = await tail.next(timeout_s)
+        except TailError as error:
+            self._relay.ending = _explain(error)
+            log.warning("relay_failed", job=self.job_id, code=self._relay.ending.code, reason=repr(error))
+            return []
+        if self._client_gone:
+            raise ClientGoneError
+        return self._relay.accept(entries)
+
+    @property
+    def ending(self) -> OkMarker | ErrorMarker | None:
+        return self._relay.ending
+
+    def has_ended(self) -> bool:
+        return self._relay.ending is not None
+
+    @asynccontextmanager
+    async def follow(self, receive: Receive) -> AsyncIterator[Tail]:
+        """The job's tail, watched over: if the client goes away before the ending, its job is cancelled."""
+        async with self._services.switchboard.follow(self.job_id) as tail:
+            watch = asyncio.create_task(self._watch_client(receive, tail))
+            try:
+                yield tail
+            except asyncio.CancelledError:
+                await asyncio.shield(self._cancel_job("The server was stopped while the client waited."))
+                raise
+            except (ClientGoneError, OSError):
+                await self._cancel_job("The client went away.")
+                raise
+            finally:
+                watch.cancel()
+                await asyncio.gather(watch, return_exceptions=True)
+
+    async def _watch_client(self, receive: Receive, tail: Tail) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_gone = True
+        tail.interrupt()
+
+    async def _cancel_job(self, why: str) -> None:
+        if not self._cancels or self.ending is not None:
+            return
+        try:
+            ending = await self._services.store.cancel(self.job_id, why)
+        except FAILURES as error:  # the job's deadline will end it
+            log.warning("cancel_failed", job=self.job_id, reason=str(error))
+        else:
+            log.info("job_cancelled", job=self.job_id, why=why, ending=ending.value)
+
+    async def whole(self, receive: Receive) -> tuple[list[Entry], OkMarker]:
+        """All of it. Raises JobFailedError for every ending but a verified `ok`, or ClientGoneError."""
+        entries: list[Entry] = []
+        try:
+            async with self.follow(receive) as tail:
+                while not self.has_ended():
+                    entries += await self.entries(tail, self.settings.ping_interval_s)
+        except asyncio.CancelledError as stopped:  # the server stops, and has waited long enough
+            raise JobFailedError(INTERRUPTED) from stopped
+        if not isinstance(self.ending, OkMarker):
+            raise JobFailedError(self.ending or INCOMPLETE)
+        return entries, self.ending
+
+
+def _explain(error: TailError) -> ErrorMarker:
+    """What the client may know of why its stream cannot be followed."""
+    if isinstance(error, StreamExpiredError):
+        return ErrorMarker(ErrorCode.STREAM_EXPIRED, "The stream of the answer has expired.")
+    if isinstance(error, StreamUnreachableError):
+        return ErrorMarker(ErrorCode.STREAM_UNREACHABLE, "The stream of the answer cannot be reached.")
+    return INCOMPLETE
