@@ -16,8 +16,11 @@ from api.tail import StreamExpiredError, StreamUnreachableError, Tail, TailError
 from shared.connection import FAILURES
 from shared.entries import Entry, ErrorMarker, OkMarker
 from shared.jobs import ErrorCode
+from shared.store import Left
 
 log = structlog.get_logger(__name__)
+
+COME_BACK_WITHIN_S = 2.0  # the SDKs try again after 0.5 s, and after 1 s
 
 INTERRUPTED = ErrorMarker(ErrorCode.STREAM_INTERRUPTED, "The server was stopped before the answer was complete.")
 
@@ -25,12 +28,17 @@ INTERRUPTED = ErrorMarker(ErrorCode.STREAM_INTERRUPTED, "The server was stopped 
 class Answer:
     """What one client gets of a job. Made for each request; not for concurrent use."""
 
-    def __init__(self, services: Services, job_id: str, *, cancels: bool) -> None:
-        """`cancels`: the job is cancelled if this client goes away before the ending."""
+    def __init__(self, services: Services, job_id: str, *, waits: bool = False, may_come_back: bool = False) -> None:
+        """`waits`: the client is one of those that the job runs for; without the last of them it is cancelled.
+
+        `may_come_back`: a client that goes away with nothing in its hands will soon send its request again.
+        """
         self.job_id = job_id
         self.settings = services.settings
+        self.has_been_told = False  # whether anything of the answer was sent
         self._services = services
-        self._cancels = cancels
+        self._waits = waits
+        self._may_come_back = may_come_back
         self._relay = Relay()
         self._client_gone = False
 
@@ -55,16 +63,16 @@ class Answer:
 
     @asynccontextmanager
     async def follow(self, receive: Receive) -> AsyncIterator[Tail]:
-        """The job's tail, watched over: if the client goes away before the ending, its job is cancelled."""
+        """The job's tail, watched over: if the client goes away before the ending, it waits for the job no longer."""
         async with self._services.switchboard.follow(self.job_id) as tail:
             watch = asyncio.create_task(self._watch_client(receive, tail))
             try:
                 yield tail
             except asyncio.CancelledError:
-                await asyncio.shield(self._cancel_job("The server was stopped while the client waited."))
+                await asyncio.shield(self._leave("The server was stopped while the client waited."))
                 raise
             except (ClientGoneError, OSError):
-                await self._cancel_job("The client went away.")
+                await self._leave("The client went away.", may_come_back=self._may_come_back and not self.has_been_told)
                 raise
             finally:
                 watch.cancel()
@@ -76,15 +84,21 @@ class Answer:
         self._client_gone = True
         tail.interrupt()
 
-    async def _cancel_job(self, why: str) -> None:
-        if not self._cancels or self.ending is not None:
+    async def _leave(self, why: str, *, may_come_back: bool = False) -> None:
+        if not self._waits or self.ending is not None:
             return
         try:
-            ending = await self._services.store.cancel(self.job_id, why)
+            left = await self._services.store.leave(self.job_id, why, may_come_back=may_come_back)
         except FAILURES as error:  # the job's deadline will end it
             log.warning("cancel_failed", job=self.job_id, reason=str(error))
-        else:
-            log.info("job_cancelled", job=self.job_id, why=why, ending=ending.value)
+            return
+        if left is Left.LATER:
+            self._services.errands.start(self._leave_later(why))
+        log.info("client_left", job=self.job_id, why=why, job_is=left.value)
+
+    async def _leave_later(self, why: str) -> None:
+        await asyncio.sleep(COME_BACK_WITHIN_S)
+        await self._leave(why)
 
     async def whole(self, receive: Receive) -> tuple[list[Entry], OkMarker]:
         """All of it. Raises JobFailedError for every ending but a verified `ok`, or ClientGoneError."""

@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from api import files
-from api.chat import create_completion
+from api import files, jobs
+from api.chat import create_completion, watch_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.services import Services
@@ -29,9 +29,11 @@ from shared.files import FileStore
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.sweeper import sweep_forever
-from shared.tasks import end_task
+from shared.tasks import Errands, end_task
 
 log = structlog.get_logger(__name__)
+
+ERRANDS_S = 3.0  # how long a stopping process waits for what its requests have left to do
 
 
 def create_app(settings: Settings | None = None) -> Starlette:
@@ -44,6 +46,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
         logs.configure(settings)
     store = JobStore(connect(settings), settings)
     switchboard = Switchboard(store)
+    errands = Errands()
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -52,6 +55,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             store=store,
             files=FileStore(store.redis, settings),
             switchboard=switchboard,
+            errands=errands,
             started_s=int(time.time()),
         )
         async with switchboard:
@@ -59,6 +63,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             log.info("api_started", model=settings.model_name)
             yield
             await end_task(sweeper)
+        await errands.finish(within_s=ERRANDS_S)
         await store.redis.aclose(close_connection_pool=True)
         log.info("api_stopped")
 
@@ -77,6 +82,10 @@ def create_app(settings: Settings | None = None) -> Starlette:
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", create_completion, methods=["POST"]),
+            Route("/v1/chat/completions/{id}/stream", watch_completion),
+            Route("/v1/jobs/{id}", jobs.retrieve),
+            Route("/v1/jobs/{id}/events", jobs.events),
+            Route("/v1/jobs/{id}/cancel", jobs.cancel, methods=["POST"]),
             Route("/v1/files", files.create, methods=["POST"]),
             Route("/v1/files", files.list_page, methods=["GET"]),
             Route("/v1/files/{file_id}", files.retrieve, methods=["GET"]),

@@ -1,27 +1,30 @@
-"""POST /v1/chat/completions: submit the job, then relay its stream or answer with the whole."""
+"""Chat completions: submit the job, then relay its stream or answer with the whole."""
 
 from __future__ import annotations
 
 import asyncio
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.answer import Answer
 from api.attachments import Detached, detach, media_parts
 from api.body import read_chat_body
-from api.chat_request import ChatRequest, StreamOptions, parse_chat_request, submission
+from api.chat_request import StreamOptions, parse_chat_request, submission
 from api.chunks import ChunkEncoder, completion
 from api.errors import NotFoundError
+from api.once import is_from_sdk, once, patience_ms
 from api.services import services_of
 from api.sse import StreamedAnswer
-from api.submit import check_uploaded, submit
-from shared.jobs import new_job_id
+from api.stored import find_job, starting_after
+from api.submit import check_uploaded, forget, submit
+from shared.jobs import JobKind, new_job_id
 from shared.text import json_bytes
 
 
 async def create_completion(request: Request) -> Response:
-    """Everything that can be refused is refused before anything is queued."""
+    """`POST /v1/chat/completions`. Everything that can be refused is refused before anything is queued."""
     services = services_of(request)
     settings = services.settings
     body = await read_chat_body(request, settings)
@@ -37,6 +40,7 @@ async def create_completion(request: Request) -> Response:
     if parts := media_parts(chat):  # decoding and looking at megabytes would hold up the streams of others
         detached = await asyncio.to_thread(detach, body["messages"], parts, max_file_bytes=settings.max_file_bytes)
     await check_uploaded(services, tenant, detached)
+    is_waited_for = chat.on_disconnect == "cancel"
     job = submission(
         chat,
         body | {"messages": detached.messages},
@@ -45,25 +49,49 @@ async def create_completion(request: Request) -> Response:
         default_session=settings.default_session,
         request_id=request.scope["request_id"],
         tenant=tenant,
+        is_waited_for=is_waited_for,
+        patience_ms=None if chat.stream or not is_waited_for else patience_ms(request),
+        once=await once(request, body),
     )
     accepted = await submit(services, job, detached.attachments)
-    answer = Answer(services, job.job_id, cancels=chat.on_disconnect == "cancel")
+    answer = Answer(services, accepted.job_id, waits=is_waited_for, may_come_back=is_from_sdk(request))
+    delivered = BackgroundTask(forget, services, job, accepted.job_id)
     if chat.stream:
-        return StreamedAnswer(answer, _encoder(chat, job.job_id, accepted.created_s, job.model))
+        encoder = _encoder(chat.stream_options, accepted.job_id, accepted.created_s, job.model)
+        return StreamedAnswer(answer, encoder, background=delivered)
     entries, ok = await answer.whole(request.receive)
     whole = completion(
         entries,
         ok,
-        completion_id=job.job_id,
+        completion_id=accepted.job_id,
         created=accepted.created_s,
         model=job.model,
         metadata=job.metadata,
     )
-    return Response(json_bytes(whole), media_type="application/json")
+    return Response(json_bytes(whole), media_type="application/json", background=delivered)
 
 
-def _encoder(chat: ChatRequest, job_id: str, created_s: int, model: str) -> ChunkEncoder:
-    options = chat.stream_options or StreamOptions()
+async def watch_completion(request: Request) -> Response:
+    """`GET /v1/chat/completions/{id}/stream`: the chunks from the beginning, or behind `starting_after`, and on.
+
+    Every chunk has its `sequence_number`. Watching changes nothing: the job does not end with its watchers.
+    """
+    job = await find_job(request, JobKind.CHAT)
+    after = starting_after(request)
+    encoder = ChunkEncoder(
+        completion_id=job.job_id,
+        created=job.created_s,
+        model=job.model,
+        include_usage=True,
+        include_tool_events=True,
+        include_sequence_numbers=True,
+        starting_after=after,
+    )
+    return StreamedAnswer(Answer(services_of(request), job.job_id), encoder, starting_after=after)
+
+
+def _encoder(options: StreamOptions | None, job_id: str, created_s: int, model: str) -> ChunkEncoder:
+    options = options or StreamOptions()
     return ChunkEncoder(
         completion_id=job_id,
         created=created_s,

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from api.errors import InvalidRequestError
-from shared.jobs import Submission, session_key
+from shared.jobs import Once, Submission, session_key
 from shared.settings import DEFAULT_TENANT
 
 MAX_ELEMENTS = 10_000  # messages, and parts and tool calls of all messages together
@@ -212,6 +212,9 @@ def submission(
     default_session: str,
     request_id: str,
     tenant: str = DEFAULT_TENANT,
+    is_waited_for: bool = False,
+    patience_ms: int | None = None,
+    once: Once | None = None,
 ) -> Submission:
     """The job that a checked request asks for.
 
@@ -233,6 +236,9 @@ def submission(
         user=request.user or "",
         store=bool(request.store),
         request_id=request_id,
+        is_waited_for=is_waited_for,
+        patience_ms=patience_ms,
+        once=once,
     )
 
 

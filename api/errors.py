@@ -8,6 +8,7 @@
     ├── NotFoundError            404
     ├── GoneError                410   the job is known, what it said is not stored any more
     ├── PayloadTooLargeError     413
+    ├── OtherBodyError           422   an `Idempotency-Key` came with another body before
     ├── QueueFullError           429   retried by the SDKs
     ├── JobFailedError           5xx   the job ended without a whole answer; not retried by the SDKs
     ├── QueueUnreachableError    503   retried by the SDKs
@@ -96,6 +97,15 @@ class PayloadTooLargeError(ApiError):
     status = 413
     type = "invalid_request_error"
     code = "payload_too_large"
+
+
+class OtherBodyError(ApiError):
+    status = 422
+    type = "invalid_request_error"
+    code = "idempotency_key_reused"
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key was used with another request body. Use a new key for a new request.")
 
 
 class QueueFullError(ApiError):

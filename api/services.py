@@ -10,6 +10,7 @@ from api.tail import Switchboard
 from shared.files import FileStore
 from shared.settings import Settings
 from shared.store import JobStore
+from shared.tasks import Errands
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,7 @@ class Services:
     store: JobStore
     files: FileStore
     switchboard: Switchboard
+    errands: Errands
     started_s: int  # when this process started, seconds since the epoch
 
 

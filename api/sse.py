@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
+from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -63,9 +64,19 @@ class FrameEncoder(Protocol):
 class StreamedAnswer(Response):
     """The answer as server-sent events."""
 
-    def __init__(self, answer: Answer, encoder: FrameEncoder, *, starting_after: int | None = None) -> None:
-        """`starting_after`: the number of the last frame that the client has seen; None: a live stream."""
-        super().__init__()
+    def __init__(
+        self,
+        answer: Answer,
+        encoder: FrameEncoder,
+        *,
+        starting_after: int | None = None,
+        background: BackgroundTask | None = None,
+    ) -> None:
+        """`starting_after`: the number of the last frame that the client has seen; None: a live stream.
+
+        `background`: what is to be done once everything was sent.
+        """
+        super().__init__(background=background)
         self._answer = answer
         self._encoder = encoder
         self._starting_after = starting_after
@@ -89,6 +100,8 @@ class StreamedAnswer(Response):
         except (ClientGoneError, OSError):
             return
         await send({"type": "http.response.body", "body": self._last_frames()})
+        if self.background is not None:
+            await self.background()
 
     async def _catch_up(self, tail: Tail, starting_after: int) -> bytes:
         """Makes the frames that the client has seen; returns those of the last page that it has not."""
@@ -142,6 +155,7 @@ class StreamedAnswer(Response):
 
         In pieces, so that a slow client is not taken for a stalled one, and only one piece waits in the server.
         """
+        self._answer.has_been_told = True
         for start in range(0, len(frames), SEND_BYTES):
             try:
                 async with asyncio.timeout(self._answer.settings.stall_timeout_s):

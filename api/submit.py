@@ -12,6 +12,7 @@ from api.attachments import Detached
 from api.errors import (
     FilesUnavailableError,
     NotFoundError,
+    OtherBodyError,
     PayloadTooLargeError,
     QueueFullError,
     QueueUnreachableError,
@@ -19,8 +20,9 @@ from api.errors import (
 from api.services import Services
 from shared.connection import FAILURES, FIRST_RETRY_S, passes
 from shared.files import FileStoreFullError
-from shared.jobs import Submission
+from shared.jobs import Join, Submission
 from shared.store import Accepted
+from shared.store import OtherBodyError as StoreOtherBodyError
 from shared.store import QueueFullError as StoreQueueFullError
 
 log = structlog.get_logger(__name__)
@@ -54,14 +56,18 @@ async def check_uploaded(services: Services, tenant: str, detached: Detached) ->
 
 
 async def submit(services: Services, job: Submission, attachments: list[bytes]) -> Accepted:
-    """Queues a job. Raises FilesUnavailableError, QueueFullError or QueueUnreachableError."""
+    """Queues a job, or joins that of the same request before it.
+
+    Raises FilesUnavailableError, QueueFullError, QueueUnreachableError or OtherBodyError.
+    """
     await _attach(services, job, attachments)
     try:
         accepted = await _submit_once(services, job)
+    except StoreOtherBodyError as error:
+        await _discard(services, job, attachments)
+        raise OtherBodyError from error
     except StoreQueueFullError as error:
-        if attachments:
-            with suppress(*FAILURES):  # they expire by themselves, only later
-                await services.files.discard(job.job_id)
+        await _discard(services, job, attachments)
         message = "The session has too many unfinished turns." if error.of_session else "Too many requests are waiting."
         raise QueueFullError(message) from error
     except FAILURES as error:
@@ -69,8 +75,28 @@ async def submit(services: Services, job: Submission, attachments: list[bytes]) 
             raise
         log.warning("submit_failed", job=job.job_id, reason=str(error))
         raise QueueUnreachableError(may_have_started=not _was_never_sent(error)) from error
-    log.info("job_accepted", job=job.job_id, tenant=job.tenant, session=job.session or None)
+    if accepted.job_id != job.job_id:
+        await _discard(services, job, attachments)
+        log.info("job_joined", job=accepted.job_id, tenant=job.tenant)
+    else:
+        log.info("job_accepted", job=job.job_id, tenant=job.tenant, session=job.session or None)
     return accepted
+
+
+async def forget(services: Services, job: Submission, job_id: str) -> None:
+    """The client has its answer: what looks like the same request from now on is another one."""
+    if job.once is None or job.once.join is Join.ALWAYS:
+        return
+    try:
+        await services.store.forget(job.tenant, job.once, job_id)
+    except FAILURES as error:  # then a retry that never reached us the first time may get this answer
+        log.warning("forget_failed", job=job_id, reason=str(error))
+
+
+async def _discard(services: Services, job: Submission, attachments: list[bytes]) -> None:
+    if attachments:
+        with suppress(*FAILURES):  # they expire by themselves, only later
+            await services.files.discard(job.job_id)
 
 
 async def _attach(services: Services, job: Submission, attachments: list[bytes]) -> None:

@@ -135,6 +135,7 @@ class OkMarker(NamedTuple):
     digest: str
     finish_reason: str
     usage: Usage | None
+    finished_ms: int = 0  # when, on Redis's clock as far as the worker knows it
 
     def payload(self) -> bytes:
         return orjson.dumps(self._asdict() | {"usage": self.usage and self.usage._asdict()})
@@ -150,6 +151,7 @@ class OkMarker(NamedTuple):
                 str(fields["digest"]),
                 str(fields["finish_reason"]),
                 Usage(int(usage["prompt_tokens"]), int(usage["completion_tokens"])) if usage else None,
+                int(fields.get("finished_ms", 0)),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise UnreadableEntryError("an ok marker is not readable") from error

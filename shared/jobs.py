@@ -42,17 +42,36 @@ class ErrorCode(StrEnum):
     UNDELIVERABLE = "undeliverable"  # arq could not deliver the job to a worker's function
 
 
-def new_job_id() -> str:
-    """The id that the client sees."""
-    return f"chatcmpl-{secrets.token_hex(16)}"
-
-
 def session_key(tenant: str, session_id: str) -> str:
     """The name of a session: `api:<id>`, as with nanobot, or `api@<tenant>:<id>`.
 
     A tenant's name holds neither `@` nor `:`, so no id that a client makes up names a session of another tenant.
     """
     return f"api:{session_id}" if tenant == DEFAULT_TENANT else f"api@{tenant}:{session_id}"
+
+
+class JobKind(StrEnum):
+    """By which API a job was asked for. The value begins its id."""
+
+    CHAT = "chatcmpl"
+    RESPONSE = "resp"
+
+
+class Join(StrEnum):
+    """When a request that may come twice joins the job of the one before."""
+
+    ALWAYS = "always"  # the client says that it is the same: `Idempotency-Key`
+    UNLESS_FAILED = "unless_failed"  # the SDK sends it again by itself
+    NEVER = "never"  # it is the first one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Once:
+    """What tells that two requests are one and the same."""
+
+    name: str  # of a tenant: the key that its client chose, or what the SDK repeats
+    body_digest: str  # of the body, which has to be the same, too
+    join: Join
 
 
 class Attachment(NamedTuple):
@@ -70,6 +89,14 @@ class Attachment(NamedTuple):
         return cls(value["attachment"], value["media_type"]) if isinstance(value, dict) else None
 
 
+def new_job_id(kind: JobKind = JobKind.CHAT) -> str:
+    """The id that the client sees."""
+    return f"{kind.value}{_ID_JOINTS[kind]}{secrets.token_hex(16)}"
+
+
+_ID_JOINTS = {JobKind.CHAT: "-", JobKind.RESPONSE: "_"}  # as OpenAI writes them
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A validated request on its way into the queue."""
@@ -83,8 +110,14 @@ class Submission:
     params: dict[str, Any] = field(default_factory=dict)  # other OpenAI fields that an agent may heed
     metadata: dict[str, str] = field(default_factory=dict)
     user: str = ""
-    store: bool = False
     request_id: str = ""  # the `x-request-id` of the request that was accepted
+    kind: JobKind = JobKind.CHAT
+    store: bool = False  # the client may ask for the finished job
+    background: bool = False  # a response that nobody has to wait for, and that anybody may cancel
+    is_waited_for: bool = False  # by a client; the job is not started without one, and ends when it goes away
+    patience_ms: int | None = None  # how long that client waits for the first byte of its answer; None: we do not know
+    once: Once | None = None  # None: a request of its own
+    echo: dict[str, Any] = field(default_factory=dict)  # what the answer repeats of the request, as its API wants it
 
     def request_bytes(self) -> bytes:
         """What the worker needs to run the job, as JSON."""
@@ -96,13 +129,14 @@ class Submission:
                 "messages": self.messages,
                 "owns_history": self.owns_history,
                 "params": self.params,
+                "echo": self.echo,
             }
         )
 
     def record_fields(self) -> dict[str, str | bytes]:
         """What the job record says beyond what the submit script sets itself."""
-        return {
-            "kind": "chat",
+        fields: dict[str, str | bytes] = {
+            "kind": self.kind.value,
             "tenant": self.tenant,
             "model": self.model,
             "metadata": json_bytes(self.metadata),
@@ -110,6 +144,11 @@ class Submission:
             "store": "1" if self.store else "0",
             "request_id": self.request_id,
         }
+        if self.background:
+            fields["background"] = "1"
+        if self.is_waited_for:
+            fields["waiters"] = "1"
+        return fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +156,14 @@ class JobRecord:
     """What Redis knows of a job. Instants are Redis's clock, ms since the epoch; None: not yet."""
 
     job_id: str
+    kind: JobKind
     status: Status
     tenant: str
     session: str
     model: str
+    user: str
+    store: bool
+    background: bool
     attempt: int  # 0 until a worker has claimed it
     worker: str  # who executes or executed the last attempt; "" if nobody has
     accepted_ms: int
@@ -133,6 +176,11 @@ class JobRecord:
     usage: Usage | None
     error: ErrorMarker | None
     metadata: dict[str, str]
+
+    @property
+    def created_s(self) -> int:
+        """What the client is told as `created`, in seconds since the epoch."""
+        return self.accepted_ms // 1000
 
     @classmethod
     def from_hash(cls, job_id: str, fields: Mapping[bytes, bytes]) -> JobRecord:
@@ -147,10 +195,14 @@ class JobRecord:
         usage = parse_json(fields[b"usage"]) if fields.get(b"usage") else None
         return cls(
             job_id=job_id,
+            kind=JobKind(text(b"kind")),
             status=Status(text(b"status")),
             tenant=text(b"tenant"),
             session=text(b"session"),
             model=text(b"model"),
+            user=text(b"user"),
+            store=text(b"store") == "1",
+            background=text(b"background") == "1",
             attempt=number(b"attempt") or 0,
             worker=text(b"worker"),
             accepted_ms=number(b"accepted_ms") or 0,

@@ -20,6 +20,7 @@ _PER_ID = {
     # What follows the kind is the session's own name, whatever it holds: no other key begins like these two.
     "turns_key": "%s:turns:%s",  # list: ids of a session's unfinished turns, oldest first; the head may run
     "session_key": "%s:session:%s",  # string: the session state, as the last whole turn left it
+    "once_key": "%s:once:%s",  # string: the job of a request that may come twice, by `tenant:what tells it is the same`
     "file_key": "%s:file:%s",  # hash: an uploaded file, by `tenant:file id`
     "files_key": "%s:files:%s",  # sorted set: `file id:size` of a tenant's files, by the instant they expire
     "file_bytes_key": "%s:file-bytes:%s",  # string: what these hold together
@@ -82,6 +83,9 @@ class Keys:
 
     def session(self, session: str) -> str:
         return _PER_ID["session_key"] % (self.prefix, session)
+
+    def once(self, name: str) -> str:
+        return _PER_ID["once_key"] % (self.prefix, name)
 
     def file(self, tenant: str, file_id: str) -> str:
         return _PER_ID["file_key"] % (self.prefix, f"{tenant}:{file_id}")

@@ -12,7 +12,19 @@ from typing import Literal
 from shared.keys import lua_names
 
 ScriptName = Literal[
-    "submit", "claim", "finish", "end", "release", "beat", "retire", "sweep", "put_file", "delete_file"
+    "submit",
+    "leave",
+    "forget",
+    "claim",
+    "finish",
+    "end",
+    "release",
+    "beat",
+    "retire",
+    "sweep",
+    "put_file",
+    "delete",
+    "delete_file",
 ]
 
 

@@ -3,6 +3,7 @@
 Errors:
     shared.connection.FAILURES    Redis refused, or did not answer: then it may have done it all the same
     QueueFullError                the queue, or the session, holds as many jobs as it may
+    OtherBodyError                a request says that it is the same as one before, and is not
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from arq.jobs import serialize_job
 
 from shared import scripts
 from shared.entries import Entry, EntryId, ErrorMarker, entry_from_fields
-from shared.jobs import ARQ_FUNCTION, ErrorCode, JobRecord, Status, Submission
+from shared.jobs import ARQ_FUNCTION, ErrorCode, JobRecord, Join, Once, Status, Submission
 from shared.keys import Keys
 from shared.settings import Settings
-from shared.text import json_bytes
+from shared.text import json_bytes, parse_json
 
 SWEEP_LIMIT = 100  # passed deadlines that one sweep looks at; the next one goes on where it stopped
 
@@ -34,10 +35,15 @@ class QueueFullError(Exception):
         self.of_session = of_session
 
 
+class OtherBodyError(Exception):
+    """A request says that it is the same as one before, and is not."""
+
+
 class Accepted(NamedTuple):
     """What became of a submission."""
 
-    is_new: bool  # False: a job with its id exists already
+    job_id: str  # another one than that of the submission if the request has come before
+    is_new: bool  # False: the job existed already
     accepted_ms: int  # Redis's clock when the job was accepted
 
     @property
@@ -70,6 +76,24 @@ class Ending(StrEnum):
     GONE = "gone"  # there is no such job
     INCOMPLETE = "incomplete"  # an `ok` was refused, since the stream does not hold the whole answer
     TERMINAL = "terminal"  # it had ended before
+
+
+class Left(StrEnum):
+    """What became of a job when a client that waited for it went away."""
+
+    CANCELLED = "done"
+    OTHERS_WAIT = "others"  # or nobody has to
+    LATER = "later"  # nothing yet, since the client may come back
+    ENDED_BEFORE = "ended_before"
+    GONE = "gone"
+
+
+class Deletion(StrEnum):
+    """What became of a try to delete a job."""
+
+    DONE = "done"
+    GONE = "gone"  # there is no such job
+    UNFINISHED = "unfinished"  # it has not ended, or its worker has not stopped
 
 
 class Swept(NamedTuple):
@@ -116,7 +140,12 @@ class JobStore:
     # -- accepting ---------------------------------------------------------------------------------------------------
 
     async def submit(self, job: Submission) -> Accepted:
-        """Queues a job, once: one with its id that exists already stays as it is. Raises QueueFullError."""
+        """Queues a job, once: one with its id, or of the same request, stays as it is, and is the one to follow.
+
+        Raises QueueFullError or OtherBodyError.
+        """
+        timeouts_ms = [self._queue_timeout_ms, *([] if job.patience_ms is None else [job.patience_ms])]
+        once = job.once or _NOT_TWICE
         answer = await self._run(
             "submit",
             self.keys.job(job.job_id),
@@ -124,16 +153,25 @@ class JobStore:
             job.session,
             serialize_job(ARQ_FUNCTION, (), {}, None, time.time_ns() // 1_000_000, serializer=json_bytes),
             job.request_bytes(),
-            self._queue_timeout_ms,
+            min(timeouts_ms),
             self._unfinished_ms,
             self.settings.max_unfinished,
             self.settings.max_session_turns,
+            once.name and f"{job.tenant}:{once.name}",
+            once.body_digest,
+            once.join.value,
             *_flatten(job.record_fields()),
         )
         if answer in (b"queue_full", b"session_full"):
             raise QueueFullError(of_session=answer == b"session_full")
-        what, accepted_ms = answer
-        return Accepted(what == b"accepted", int(accepted_ms))
+        if answer == b"other_body":
+            raise OtherBodyError(job.job_id)
+        what, job_id, accepted_ms = answer
+        return Accepted(job_id.decode(), what == b"accepted", int(accepted_ms))
+
+    async def forget(self, tenant: str, once: Once, job_id: str) -> None:
+        """The request has its answer: the next one that looks the same is another one."""
+        await self._run("forget", self.keys.once(f"{tenant}:{once.name}"), job_id)
 
     # -- a worker's steps --------------------------------------------------------------------------------------------
 
@@ -152,7 +190,16 @@ class JobStore:
 
         If the answer is lost with the connection, jobs may be claimed all the same: `held_by` finds them.
         """
-        rows = await self._run("claim", self.keys.queue, worker_id, slots, self._run_timeout_ms, self._unfinished_ms)
+        rows = await self._run(
+            "claim",
+            self.keys.queue,
+            worker_id,
+            slots,
+            self._run_timeout_ms,
+            self._unfinished_ms,
+            self._retention_ms,
+            _UNWANTED.payload(),
+        )
         return [
             Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
         ]
@@ -249,6 +296,25 @@ class JobStore:
         """Ends a job because nobody wants its answer any more."""
         return await self.end(job_id, Status.CANCELLED, ErrorMarker(ErrorCode.CANCELLED, message))
 
+    async def leave(self, job_id: str, message: str, *, may_come_back: bool) -> Left:
+        """A client that waited for a job has gone away; the job of the last one is cancelled.
+
+        `may_come_back`: a job that runs is left alone for now, and the caller asks again after a moment.
+        """
+        answer = await self._run(
+            "leave",
+            self.keys.job(job_id),
+            job_id,
+            ErrorMarker(ErrorCode.CANCELLED, message).payload(),
+            self._retention_ms,
+            "1" if may_come_back else "0",
+        )
+        return Left.ENDED_BEFORE if answer.decode() in _TERMINAL else Left(answer.decode())
+
+    async def delete(self, job_id: str) -> Deletion:
+        """Deletes a job that has ended, with all that it said."""
+        return Deletion((await self._run("delete", self.keys.job(job_id), job_id)).decode())
+
     async def sweep(self, *, unless_within_ms: int = 0) -> list[Swept]:
         """Recovers the jobs of lost workers and ends jobs past their deadline. Any process may call it at any time.
 
@@ -289,12 +355,20 @@ class JobStore:
         fields: dict[bytes, bytes] = await self.redis.hgetall(self.keys.job(job_id))  # type: ignore[misc]  # as above
         return JobRecord.from_hash(job_id, fields) if fields else None
 
+    async def request(self, job_id: str) -> dict[str, Any] | None:
+        """What `Submission.request_bytes` made of the request; None if it is gone."""
+        stored: bytes | None = await self.redis.get(self.keys.request(job_id))
+        return parse_json(stored) if stored else None
+
     async def live_workers(self) -> int:
         """How many workers hold a lease."""
         seconds, microseconds = await self.redis.time()
         return int(await self.redis.zcount(self.keys.workers, f"({seconds * 1000 + microseconds // 1000}", "+inf"))
 
 
+_TERMINAL = frozenset({Status.SUCCEEDED.value, Status.FAILED.value, Status.CANCELLED.value})
+_NOT_TWICE = Once(name="", body_digest="", join=Join.NEVER)
+_UNWANTED = ErrorMarker(ErrorCode.CANCELLED, "Nobody waits for the answer any more.")
 _WORKER_LOST = ErrorMarker(
     ErrorCode.WORKER_LOST, "The worker that ran this request was lost before the answer was complete."
 )

@@ -1,9 +1,14 @@
-"""How a background task is ended."""
+"""How background tasks are begun and ended."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
+
+import structlog
+
+log = structlog.get_logger(__name__)
 
 AGAIN_S = 0.2
 
@@ -20,3 +25,27 @@ async def end_task(task: asyncio.Task[Any]) -> None:
         await asyncio.wait({task}, timeout=AGAIN_S)
     if not task.cancelled():
         task.exception()  # looked at, so that asyncio does not report it as forgotten
+
+
+class Errands:
+    """Short tasks that outlive the request that began them. The owner waits for them before it goes."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, errand: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(errand)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("errand_failed", exc_info=error)
+
+    async def finish(self, within_s: float) -> None:
+        """Waits for all; what takes longer is cancelled."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=within_s)
+        for task in list(self._tasks):
+            await end_task(task)

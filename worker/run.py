@@ -251,8 +251,10 @@ class Run:
         cost = outcome.usage
         usage = None if cost is None else Usage(cost.prompt_tokens, cost.completion_tokens)
 
+        finished_ms = self._instant_ms(asyncio.get_running_loop().time(), started_at)
+
         def marker(tally: Tally) -> bytes:
-            return OkMarker(tally.count, tally.digest, outcome.finish_reason, usage).payload()
+            return OkMarker(tally.count, tally.digest, outcome.finish_reason, usage, finished_ms).payload()
 
         fields = self._timing(voice, started_at) | {"finish_reason": outcome.finish_reason}
         if usage is not None:
@@ -279,7 +281,11 @@ class Run:
         """When the first entry was said, on Redis's clock."""
         if voice.first_said_at is None:
             return {}
-        return {"first_token_ms": self.claim.started_ms + round((voice.first_said_at - started_at) * 1000)}
+        return {"first_token_ms": self._instant_ms(voice.first_said_at, started_at)}
+
+    def _instant_ms(self, at: float, started_at: float) -> int:
+        """An instant of the loop's clock on Redis's clock."""
+        return self.claim.started_ms + round((at - started_at) * 1000)
 
     def _explain(self, agent_task: asyncio.Task[Outcome]) -> ErrorMarker:
         """What the client may know of an agent's failure. The whole story goes to the log."""

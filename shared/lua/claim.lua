@@ -1,17 +1,42 @@
 -- Gives a worker as many claimable jobs as it has free slots, oldest first, and opens an attempt of each.
 -- KEYS[1] the queue
--- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms
+-- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms,
+--       6 retention in ms, 7 the payload of the error marker of a job for which nobody waits any more
 -- Returns nothing if the worker holds no lease, since nobody would notice its death. Otherwise a list of {job id,
--- attempt, started ms, request}; ids whose job is gone or has ended are dropped on the way.
+-- attempt, started ms, request}; ids whose job is gone, has ended or must not start any more are dropped on the way.
 
 local worker, now = ARGV[2], now_ms()
 local lease_end = redis.call('ZSCORE', workers, worker)
 if not lease_end or tonumber(lease_end) <= now then return {} end
 
+-- Whoever waits for a job listens to its stream. Nobody does at first, since a client submits before it listens, nor
+-- while an API process connects again: a job that is not heard of has to stay so for a while before it is given up.
+local LISTENED_TO_WITHIN_MS, LOOK_AGAIN_MS, GIVEN_UP_AFTER_MS = 1000, 500, 3000
+
+-- Whether somebody waits for the answer, as far as somebody has to. If not, the job is put back, or given up.
+local function is_wanted(id, job)
+  local accepted_ms, waiters, unheard_ms = tonumber(job[4]), job[5], job[6]
+  if not waiters or now - accepted_ms < LISTENED_TO_WITHIN_MS then return true end
+  if subscribers({stream_channel(id)})[1] > 0 then
+    if unheard_ms then redis.call('HDEL', job_key(id), 'unheard_ms') end
+    return true
+  end
+  if unheard_ms and now - tonumber(unheard_ms) >= GIVEN_UP_AFTER_MS then
+    end_from_outside(id, ARGV[7], 'cancelled', now, ARGV[6])
+    return false
+  end
+  if not unheard_ms then redis.call('HSET', job_key(id), 'unheard_ms', int(now)) end
+  redis.call('ZADD', KEYS[1], int(now + LOOK_AGAIN_MS), id)
+  return false
+end
+
 local claimed = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMIT', 0, ARGV[3])) do
-  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened')
-  if job[1] == 'queued' then
+  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened', 'accepted_ms', 'waiters', 'unheard_ms',
+                         'deadline_ms')
+  if job[1] ~= 'queued' or tonumber(job[7]) <= now then -- past its deadline it is the sweep's
+    redis.call('ZREM', KEYS[1], id)
+  elseif is_wanted(id, job) then
     local attempt = int(tonumber(job[2]))
     if job[3] ~= attempt then -- recovery has opened the attempt already, to fence the one before
       attempt = int(tonumber(job[2]) + 1)
@@ -31,10 +56,10 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
     for _, key in ipairs({job_key(id), request_key(id), attachments_key(id), stream_key(id), arq_job_key(id)}) do
       redis.call('PEXPIRE', key, ARGV[5])
     end
+    redis.call('ZREM', KEYS[1], id)
     claimed[#claimed + 1] = {id, attempt, int(now), redis.call('GET', request_key(id))}
   end
-  redis.call('ZREM', KEYS[1], id)
 end
 
-if redis.call('ZCARD', KEYS[1]) > 0 then ring() else redis.call('DEL', bell) end
+if redis.call('ZCOUNT', KEYS[1], '-inf', int(now)) > 0 then ring() else redis.call('DEL', bell) end
 return claimed

@@ -2,24 +2,43 @@
 -- KEYS[1] the job record
 -- ARGV: 1 prefix, 2 job id, 3 session key or '', 4 arq's job payload, 5 the request, 6 queue timeout in ms,
 --       7 time to live of an unfinished job in ms, 8 most unfinished jobs, 9 most turns of a session,
---       10.. fields and values of the record
--- Returns {'accepted', accepted ms}, or without any change: {'duplicate', its accepted ms} | 'queue_full' | 'session_full'.
+--       10 name of a request that may come twice or '', 11 digest of its body, 12 when it joins the job of the one
+--       before: 'always' | 'unless_failed' | 'never', 13.. fields and values of the record
+-- Returns {'accepted', job id, accepted ms}, or without a new job: {'duplicate' | 'joined', job id, accepted ms} |
+-- 'other_body' | 'queue_full' | 'session_full'.
 
-local id, session, ttl_ms = ARGV[2], ARGV[3], ARGV[7]
+local id, session, ttl_ms, once = ARGV[2], ARGV[3], ARGV[7], ARGV[10]
 local accepted_ms = redis.call('HGET', KEYS[1], 'accepted_ms')
-if accepted_ms then return {'duplicate', accepted_ms} end
+if accepted_ms then return {'duplicate', id, accepted_ms} end
+
+-- The same request may have come before: its answer never reached the client.
+local before_id, digest
+if once ~= '' and ARGV[12] ~= 'never' then
+  before_id, digest = string.match(redis.call('GET', once_key(once)) or '', '^(%S+) (%S+)$')
+end
+local before = before_id and redis.call('HMGET', job_key(before_id), 'status', 'accepted_ms', 'waiters')
+if before and before[1] then
+  local status = before[1]
+  if digest ~= ARGV[11] then return 'other_body' end
+  if ARGV[12] == 'always' or status == 'queued' or status == 'running' or status == 'succeeded' then
+    if before[3] and not is_terminal(status) then redis.call('HINCRBY', job_key(before_id), 'waiters', 1) end
+    return {'joined', before_id, before[2]}
+  end
+end
+
 if redis.call('ZCARD', deadlines) >= tonumber(ARGV[8]) then return 'queue_full' end
 if session ~= '' and redis.call('LLEN', turns_key(session)) >= tonumber(ARGV[9]) then return 'session_full' end
 
 local now = now_ms()
 local deadline = now + tonumber(ARGV[6])
 redis.call('HSET', KEYS[1], 'status', 'queued', 'session', session, 'attempt', '0', 'worker', '',
-           'accepted_ms', int(now), 'deadline_ms', int(deadline), unpack(ARGV, 10))
+           'accepted_ms', int(now), 'deadline_ms', int(deadline), unpack(ARGV, 13))
 redis.call('PEXPIRE', KEYS[1], ttl_ms)
 redis.call('SET', request_key(id), ARGV[5], 'PX', ttl_ms)
 redis.call('PEXPIRE', attachments_key(id), ttl_ms)
 redis.call('SET', arq_job_key(id), ARGV[4], 'PX', ttl_ms)
 redis.call('ZADD', deadlines, int(deadline), id)
+if once ~= '' then redis.call('SET', once_key(once), id .. ' ' .. ARGV[11], 'PX', ttl_ms) end
 
 if session == '' then
   make_claimable(id, now)
@@ -30,4 +49,4 @@ else
   local head = redis.call('LINDEX', turns, 0)
   if head == id or redis.call('EXISTS', job_key(head)) == 0 then promote_next_turn(turns, now) end
 end
-return {'accepted', int(now)}
+return {'accepted', id, int(now)}

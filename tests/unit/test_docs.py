@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -66,18 +67,7 @@ def test_the_ok_marker_of_the_protocol_is_the_one_of_its_example() -> None:
 
 
 def test_the_protocol_names_every_script() -> None:
-    names: tuple[ScriptName, ...] = (
-        "submit",
-        "claim",
-        "finish",
-        "end",
-        "release",
-        "beat",
-        "retire",
-        "sweep",
-        "put_file",
-        "delete_file",
-    )
+    names = get_args(ScriptName)
     assert {path.stem for path in (ROOT / "shared" / "lua").glob("[a-z]*.lua")} == set(names)
     assert [name for name in names if f"{name}.lua" not in PROTOCOL] == []
 

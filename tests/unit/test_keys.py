@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import fakeredis
 import pytest
@@ -24,6 +25,7 @@ PER_ID = {
     "stream_channel": "stream_channel",
     "turns_key": "turns",
     "session_key": "session",
+    "once_key": "once",
     "worker_key": "worker",
     "worker_jobs_key": "worker_jobs",
     "worker_channel": "worker_channel",
@@ -76,9 +78,7 @@ def test_deployments_do_not_meet() -> None:
     assert ours.job("x") != theirs.job("x")
 
 
-@pytest.mark.parametrize(
-    "name", ["submit", "claim", "finish", "end", "release", "beat", "retire", "sweep", "put_file", "delete_file"]
-)
+@pytest.mark.parametrize("name", get_args(scripts.ScriptName))
 def test_every_script_can_be_loaded(name: scripts.ScriptName) -> None:
     with fakeredis.FakeRedis(server=fakeredis.FakeServer(version=(7,))) as redis:
         assert redis.script_load(scripts.source(name))

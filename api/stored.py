@@ -1,0 +1,36 @@
+"""Finds the job that a request names."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from api.errors import InvalidRequestError, NotFoundError, QueueUnreachableError
+from api.services import services_of
+from shared.connection import FAILURES, passes
+from shared.jobs import JobKind, JobRecord
+
+_WHAT = {JobKind.CHAT: "chat completion", JobKind.RESPONSE: "response"}
+MAX_NUMBER_DIGITS = 18
+
+
+async def find_job(request: Request, kind: JobKind | None = None) -> JobRecord:
+    """The job of `{id}` in the path. Raises NotFoundError, also for another tenant's, or QueueUnreachableError."""
+    job_id: str = request.path_params["id"]
+    try:
+        record = await services_of(request).store.record(job_id)
+    except FAILURES as error:
+        if not passes(error):
+            raise
+        raise QueueUnreachableError(may_have_started=False) from error
+    if record is None or record.tenant != request.scope["tenant"] or kind not in (None, record.kind):
+        what = _WHAT[kind] if kind else "job"
+        raise NotFoundError(f"No such {what}: {job_id[:100]!r}. It may have expired.")
+    return record
+
+
+def starting_after(request: Request) -> int:
+    """The number of the last frame that the client has seen, 0 if it says none. Raises InvalidRequestError."""
+    given = request.query_params.get("starting_after", "0")
+    if not (given.isascii() and given.isdigit() and len(given) <= MAX_NUMBER_DIGITS):
+        raise InvalidRequestError("starting_after must be a whole number from 0.", param="starting_after")
+    return int(given)

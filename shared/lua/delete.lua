@@ -1,0 +1,12 @@
+-- Deletes a job that has ended, with all that it said.
+-- KEYS[1] the job record
+-- ARGV: 1 prefix, 2 job id
+-- Returns 'done', or without any change: 'gone' | 'unfinished'.
+
+local id, status = ARGV[2], redis.call('HGET', KEYS[1], 'status')
+if not status then return 'gone' end
+if not is_terminal(status) then return 'unfinished' end
+-- A worker that has not said yet that it stopped keeps its slot and its session until the sweep frees them.
+if redis.call('ZSCORE', deadlines, id) then return 'unfinished' end
+redis.call('UNLINK', KEYS[1], request_key(id), attachments_key(id), stream_key(id))
+return 'done'
