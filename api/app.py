@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from api import files, jobs
+from api import files, jobs, operations
 from api.chat import create_completion, watch_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
@@ -86,6 +86,12 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/v1/jobs/{id}", jobs.retrieve),
             Route("/v1/jobs/{id}/events", jobs.events),
             Route("/v1/jobs/{id}/cancel", jobs.cancel, methods=["POST"]),
+            Route("/v1/queue", operations.queue),
+            Route("/v1/queue/pause", operations.pause, methods=["POST"]),
+            Route("/v1/queue/resume", operations.resume, methods=["POST"]),
+            Route("/v1/workers", operations.workers),
+            Route("/v1/workers/{id}/drain", operations.drain, methods=["POST"]),
+            Route("/v1/audit", operations.audit),
             Route("/v1/files", files.create, methods=["POST"]),
             Route("/v1/files", files.list_page, methods=["GET"]),
             Route("/v1/files/{file_id}", files.retrieve, methods=["GET"]),

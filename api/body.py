@@ -6,8 +6,9 @@ import asyncio
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -18,6 +19,8 @@ from api.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeErro
 from api.media import audio_format, check_filename, identify
 from shared.settings import Settings
 from shared.text import parse_json
+
+M = TypeVar("M", bound=BaseModel)
 
 DEFAULT_PROMPT = "Please analyze the uploaded files."  # of an upload without a message, as with nanobot
 MAX_FORM_FILES = 20
@@ -33,13 +36,33 @@ async def read_chat_body(request: Request, settings: Settings) -> Any:
     if content_type.lower() == b"multipart/form-data":
         async with open_form(request, settings.max_body_bytes) as form:
             return await _form_to_json(form, settings.max_file_bytes)
+    return await read_json(request, settings)
+
+
+async def read_json(request: Request, settings: Settings, *, default: Any = None) -> Any:
+    """The body as parsed JSON; `default`, if there is one, for an empty body: SDKs send that as JSON, too.
+
+    Raises PayloadTooLargeError before more than the limit has been read, and InvalidRequestError.
+    """
     _limit_body(request, settings.max_body_bytes)
     try:
-        return parse_json(await request.body())
+        body = await request.body()
+        return default if not body and default is not None else parse_json(body)
     except ClientDisconnect as error:
         raise ClientGoneError from error
     except ValueError as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def validated(model: type[M], value: Any) -> M:
+    """A small body, checked. Raises InvalidRequestError, naming the parameter."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        param = ".".join(str(step) for step in first["loc"]) or None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidRequestError(f"{param}: {message}" if param else message, param=param) from None
 
 
 def _too_large(limit: int) -> PayloadTooLargeError:

@@ -6,21 +6,24 @@ Pure ASGI: Starlette's BaseHTTPMiddleware hides `http.disconnect` from the route
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import re
 import uuid
 from urllib.parse import urlsplit
 
 import structlog
+from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ApiError, AuthenticationError, ClientGoneError, ForbiddenError, PayloadTooLargeError
-from shared.settings import DEFAULT_TENANT, Settings, is_loopback
+from shared.settings import DEFAULT_TENANT, Settings, TenantKey, is_loopback
 
 log = structlog.get_logger(__name__)
 
 OPEN_PATHS = ("/health", "/ready")  # for load balancers, which have no key
+LOCAL_OPERATOR = "local"  # who operates a deployment without keys
 LINGER_BYTES, LINGER_S = 256 * 1024 * 1024, 30  # how much, and how long, a refused upload may go on
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=-]{1,128}")
 
@@ -108,37 +111,48 @@ class UploadRefusal:
 
 
 class AuthMiddleware:
-    """Asks for a bearer key, and tells whose it is in `scope["tenant"]`.
+    """Asks for a bearer key, and tells whose it is.
 
-    Without configured keys only programs of this machine are served: no others, no web pages. A web page of anywhere
-    may send requests to a loopback address, and may read the answers if it makes its own host name point there; it
-    cannot choose `Host` and `Origin`.
+    `scope["tenant"]` is whose jobs and files the request is about. `scope["operator"]` is None, or for an admin key a
+    name that the audit trail may hold.
+
+    Without configured keys only programs of this machine are served, as operators: no others, no web pages. A web page
+    of anywhere may send requests to a loopback address, and may read the answers if it makes its own host name point
+    there; it cannot choose `Host` and `Origin`.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self._keys = settings.tenant_keys
+        self._keys = [*settings.tenant_keys, *(TenantKey(_secret(key), DEFAULT_TENANT) for key in settings.admin_keys)]
+        self._operators = {_secret(key): f"key-{_fingerprint(_secret(key))}" for key in settings.admin_keys}
+        self._serves_without_key = not settings.api_keys
         self._origins = frozenset(settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            scope["tenant"] = DEFAULT_TENANT
-            if self._keys:
-                scope["tenant"] = self._tenant_of(Headers(scope=scope).get("authorization"))
+            known = self._known_key(Headers(scope=scope).get("authorization"))
+            if known is not None:
+                scope["tenant"], scope["operator"] = known.tenant, self._operators.get(known.key)
             else:
                 self._check_locality(scope)
+                scope["tenant"], scope["operator"] = DEFAULT_TENANT, None if self._operators else LOCAL_OPERATOR
         await self.app(scope, receive, send)
 
-    def _tenant_of(self, authorization: str | None) -> str:
+    def _known_key(self, authorization: str | None) -> TenantKey | None:
+        """None if the request may do without one. Raises AuthenticationError."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
+            if self._serves_without_key:
+                return None
             raise AuthenticationError("Missing API key. Send it as `Authorization: Bearer <key>`.")
         given = key.strip().encode("latin-1")  # the bytes that were sent: ASGI servers decode headers so
         # Every key is compared, in constant time, so that neither the match nor its place can be timed.
         matches = [hmac.compare_digest(given, known) for known, _ in self._keys]
-        if not any(matches):
-            raise AuthenticationError("Incorrect API key.")
-        return self._keys[matches.index(True)].tenant
+        if any(matches):
+            return self._keys[matches.index(True)]
+        if self._serves_without_key:
+            return None
+        raise AuthenticationError("Incorrect API key.")
 
     def _check_locality(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -150,6 +164,14 @@ class AuthMiddleware:
             raise ForbiddenError("Without ENDMARK_API_KEYS only this machine is served, by a loopback address.")
         if origin is not None and not _is_loopback_url(origin) and not self._origins & {origin, "*"}:
             raise ForbiddenError("Without ENDMARK_API_KEYS web pages are served only from ENDMARK_CORS_ORIGINS.")
+
+
+def _secret(key: SecretStr) -> bytes:
+    return key.get_secret_value().encode()
+
+
+def _fingerprint(key: bytes) -> str:
+    return hashlib.blake2b(key, digest_size=4).hexdigest()
 
 
 def _is_loopback_url(url: str) -> bool:

@@ -33,6 +33,8 @@ _SHARED = {
     "bell": "%s:bell",  # list: holds a token while the queue may hold a claimable job
     "deadlines": "%s:deadlines",  # sorted set: ids of all unfinished jobs, by the instant they must have moved on
     "workers": "%s:workers",  # sorted set: ids of the workers, by the instant their lease ends
+    "paused": "%s:paused",  # string: there while the queue is paused; who paused it
+    "audit": "%s:audit",  # stream: what operators did
     "sweeper": "%s:sweeper",  # string: there for a moment after each sweep, so that processes do not all sweep at once
 }
 
@@ -58,6 +60,14 @@ class Keys:
     @property
     def workers(self) -> str:
         return _SHARED["workers"] % self.prefix
+
+    @property
+    def paused(self) -> str:
+        return _SHARED["paused"] % self.prefix
+
+    @property
+    def audit(self) -> str:
+        return _SHARED["audit"] % self.prefix
 
     @property
     def sweeper(self) -> str:

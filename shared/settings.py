@@ -53,6 +53,11 @@ class Settings(BaseSettings):
         description="Bearer keys, comma-separated. `name:key` belongs to the tenant `name`, a key without a name "
         "to the tenant `default`. Required as soon as `HOST` is not a loopback address.",
     )
+    admin_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="Bearer keys of operators, comma-separated: they see every tenant's jobs, and may act on jobs, "
+        "queue and workers. Without any, only a deployment without `API_KEYS` can be operated.",
+    )
     host: str = Field("127.0.0.1", description="The address that the API binds.")
     port: int = Field(8900, ge=0, le=65535, description="The port that the API binds; 0 takes a free one.")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -114,7 +119,7 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least severe line logged.")
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("api_keys", "admin_keys", "cors_origins", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):
@@ -144,6 +149,12 @@ class Settings(BaseSettings):
                 f"ENDMARK_HOST={self.host} is reachable from other machines: set ENDMARK_API_KEYS to one or more "
                 "comma-separated keys, or bind 127.0.0.1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _admin_keys_are_no_tenants(self) -> Settings:
+        if {key.get_secret_value().encode() for key in self.admin_keys} & {key for key, _ in self.tenant_keys}:
+            raise ValueError("ENDMARK_ADMIN_KEYS holds one of ENDMARK_API_KEYS: give operators a key of their own")
         return self
 
     @cached_property

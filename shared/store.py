@@ -277,6 +277,11 @@ class JobStore:
         lease_ms = round(self.settings.lease_s * 1000)
         return [self.keys.workers], [self.keys.prefix, worker_id, lease_ms, *_flatten(fields)]
 
+    async def tell_draining(self, worker_id: str) -> None:
+        """For whoever looks at the workers; nothing depends on it."""
+        await self.redis.hset(self.keys.worker(worker_id), "draining", "1")  # type: ignore[misc]  # as above
+        await self.redis.pexpire(self.keys.worker(worker_id), round(self.settings.lease_s * 10_000))
+
     async def retire(self, worker_id: str) -> None:
         """Takes a worker that runs nothing any more off the list."""
         await self._run("retire", self.keys.workers, worker_id)

@@ -21,9 +21,10 @@ async def follow_orders(
     worker_id: str,
     *,
     on_stop: Callable[[str], None],
+    on_drain: Callable[[], None],
     on_connected: Callable[[], Awaitable[None]],
 ) -> None:
-    """Calls `on_stop(job id)` for every job that is to stop; runs until it is cancelled.
+    """Calls `on_stop(job id)` for every job that is to stop, `on_drain` when the worker is; runs until it is cancelled.
 
     Pub/sub forgets what is said while nobody listens: `on_connected` is awaited after every (re)connection, to look
     for jobs that have ended meanwhile.
@@ -40,6 +41,8 @@ async def follow_orders(
                             order, _, job_id = payload.decode().partition(" ")
                             if order == "stop":
                                 on_stop(job_id)
+                            elif order == "drain":
+                                on_drain()
         except FAILURES as error:
             log.warning("orders_connection_lost", worker=worker_id, reason=str(error))
         except Exception:  # an order that cannot be read, or a broken record: the next one must be heard all the same

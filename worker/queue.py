@@ -14,7 +14,9 @@ import asyncio
 import os
 import platform
 import secrets
+import time
 from contextlib import AsyncExitStack
+from importlib.metadata import version
 from signal import Signals
 from typing import Any
 
@@ -109,7 +111,13 @@ class QueueWorker(Worker):
         await self._services.enter_async_context(self.publisher)  # closed before the lease may end
         for service in (
             sweep_forever(self.store),
-            follow_orders(self.store, self.worker_id, on_stop=self._on_stop_order, on_connected=self._drop_ended_runs),
+            follow_orders(
+                self.store,
+                self.worker_id,
+                on_stop=self._on_stop_order,
+                on_drain=self._on_drain_order,
+                on_connected=self._drop_ended_runs,
+            ),
         ):
             self._services.push_async_callback(end_task, asyncio.create_task(service))
         log.info("worker_started", worker=self.worker_id, agent=self.agent.name, max_jobs=self.max_jobs)
@@ -136,7 +144,14 @@ class QueueWorker(Worker):
         log.info("worker_stopped", worker=self.worker_id)
 
     def _describe(self) -> dict[str, str | int]:
-        return {"agent": self.agent.name, "max_jobs": self.max_jobs}
+        return {
+            "agent": self.agent.name,
+            "max_jobs": self.max_jobs,
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "version": version("endmark"),
+            "started_ms": time.time_ns() // 1_000_000,
+        }
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
@@ -247,6 +262,11 @@ class QueueWorker(Worker):
         else:
             self._reconcile_at = 0  # held without knowing; it has to be released
 
+    def _on_drain_order(self) -> None:
+        """An operator's order does once what SIGTERM does: a second one is no haste."""
+        if self._drain_task is None:
+            self.handle_sig(Signals.SIGTERM)
+
     def _on_lease_lost(self) -> None:
         """Others have taken this worker for lost and gone on with its jobs, but not with what it claimed since."""
         self._reconcile_at = 0
@@ -274,6 +294,11 @@ class QueueWorker(Worker):
         self._drain_task = self.loop.create_task(self._drain(Signals(signum)))
 
     async def _drain(self, signum: Signals) -> None:
+        try:
+            async with asyncio.timeout(1):
+                await self.store.tell_draining(self.worker_id)
+        except FAILURES as error:  # only for whoever looks on
+            log.warning("drain_not_told", worker=self.worker_id, reason=str(error))
         async with self._claiming:  # what a claim on its way brings is finished, too
             deadline = self.loop.time() + self.settings.drain_timeout_s
         stop_now = asyncio.create_task(self._stop_now.wait())

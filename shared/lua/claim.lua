@@ -2,12 +2,13 @@
 -- KEYS[1] the queue
 -- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms,
 --       6 retention in ms, 7 the payload of the error marker of a job for which nobody waits any more
--- Returns nothing if the worker holds no lease, since nobody would notice its death. Otherwise a list of {job id,
--- attempt, started ms, request}; ids whose job is gone, has ended or must not start any more are dropped on the way.
+-- Returns nothing if the worker holds no lease, since nobody would notice its death, or if the queue is paused.
+-- Otherwise a list of {job id, attempt, started ms, request}; ids whose job is gone, has ended or must not start any more
+-- are dropped on the way.
 
 local worker, now = ARGV[2], now_ms()
 local lease_end = redis.call('ZSCORE', workers, worker)
-if not lease_end or tonumber(lease_end) <= now then return {} end
+if not lease_end or tonumber(lease_end) <= now or redis.call('EXISTS', paused) == 1 then return {} end
 
 -- Whoever waits for a job listens to its stream. Nobody does at first, since a client submits before it listens, nor
 -- while an API process connects again: a job that is not heard of has to stay so for a while before it is given up.

@@ -14,7 +14,7 @@ from shared.keys import Keys, lua_names
 
 IDS = ["chatcmpl-0123456789abcdef", "host-17-ab%s", "api:é 🙂", "%d%%"]
 
-SHARED = ("queue", "bell", "deadlines", "workers", "sweeper")
+SHARED = ("queue", "bell", "deadlines", "workers", "paused", "audit", "sweeper")
 PER_ID = {
     "job_key": "job",
     "request_key": "request",

@@ -1,0 +1,171 @@
+"""The operators' routes: the queue, the workers, and the trail of what operators did."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from api.body import read_json, validated
+from api.errors import ForbiddenError, InvalidRequestError, NotFoundError, QueueUnreachableError
+from api.services import services_of
+from shared.connection import FAILURES, passes
+from shared.operations import AuditEntry, Operations, QueueState, WorkerState
+
+log = structlog.get_logger(__name__)
+
+_STREAM_ID = re.compile(r"\d{1,20}-\d{1,20}")
+
+
+class Pause(BaseModel):
+    """What `POST /v1/queue/pause` may say."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    for_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] = 24 * 3600
+
+
+def operator_of(request: Request) -> str:
+    """Who acts. Raises ForbiddenError."""
+    operator: str | None = request.scope["operator"]
+    if operator is None:
+        raise ForbiddenError("This needs an admin key, one of ENDMARK_ADMIN_KEYS.")
+    return operator
+
+
+def operations_of(request: Request) -> Operations:
+    return Operations(services_of(request).store)
+
+
+async def note(request: Request, action: str, target: str, **details: Any) -> None:
+    """Leaves an audit entry, before the action: what was done and not noted would be worse than the reverse."""
+    operator = operator_of(request)
+    log.info("operator_acted", operator=operator, action=action, target=target, **details)
+    try:
+        await operations_of(request).note(operator, action, target, details)
+    except FAILURES as error:
+        raise _unreachable(error) from error
+
+
+async def queue(request: Request) -> Response:
+    """`GET /v1/queue`."""
+    operator_of(request)
+    return JSONResponse(await _queue_object(request))
+
+
+async def pause(request: Request) -> Response:
+    """`POST /v1/queue/pause`."""
+    operator = operator_of(request)
+    asked = validated(Pause, await read_json(request, services_of(request).settings, default={}))
+    await note(request, "queue.pause", "queue", for_s=asked.for_s)
+    try:
+        await operations_of(request).pause(operator, asked.for_s)
+    except FAILURES as error:
+        raise _unreachable(error) from error
+    return JSONResponse(await _queue_object(request))
+
+
+async def resume(request: Request) -> Response:
+    """`POST /v1/queue/resume`. A queue that is not paused stays as it is."""
+    await note(request, "queue.resume", "queue")
+    try:
+        await operations_of(request).resume()
+    except FAILURES as error:
+        raise _unreachable(error) from error
+    return JSONResponse(await _queue_object(request))
+
+
+async def workers(request: Request) -> Response:
+    """`GET /v1/workers`."""
+    operator_of(request)
+    try:
+        states = await operations_of(request).workers()
+    except FAILURES as error:
+        raise _unreachable(error) from error
+    return JSONResponse({"object": "list", "data": [worker_object(state) for state in states]})
+
+
+async def drain(request: Request) -> Response:
+    """`POST /v1/workers/{id}/drain`: it finishes what it runs, and leaves. Whoever started it may start another."""
+    worker_id: str = request.path_params["id"]
+    await note(request, "worker.drain", worker_id)
+    try:
+        heard = await operations_of(request).drain(worker_id)
+    except FAILURES as error:
+        raise _unreachable(error) from error
+    if not heard:
+        raise NotFoundError(f"No such worker: {worker_id[:100]!r}.")
+    return JSONResponse({"id": worker_id, "object": "worker", "draining": True})
+
+
+async def audit(request: Request) -> Response:
+    """`GET /v1/audit?limit&before`: the latest first."""
+    operator_of(request)
+    limit, before = request.query_params.get("limit", "50"), request.query_params.get("before")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= 100):
+        raise InvalidRequestError("limit must be a whole number from 1 to 100.", param="limit")
+    if before is not None and not _STREAM_ID.fullmatch(before):
+        raise InvalidRequestError("before must be the id of an audit entry.", param="before")
+    try:
+        entries = await operations_of(request).trail(int(limit) + 1, before)
+    except FAILURES as error:
+        raise _unreachable(error) from error
+    page = entries[: int(limit)]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [audit_object(entry) for entry in page],
+            "first_id": page[0].entry_id if page else None,
+            "last_id": page[-1].entry_id if page else None,
+            "has_more": len(entries) > len(page),
+        }
+    )
+
+
+async def _queue_object(request: Request) -> dict[str, Any]:
+    try:
+        return queue_object(await operations_of(request).queue())
+    except FAILURES as error:
+        raise _unreachable(error) from error
+
+
+def _unreachable(error: Exception) -> Exception:
+    return QueueUnreachableError(may_have_started=False) if passes(error) else error
+
+
+def queue_object(state: QueueState) -> dict[str, Any]:
+    return {
+        "object": "queue",
+        "claimable": state.claimable,
+        "waiting_for_a_turn": max(0, state.unfinished - state.claimable - state.running),
+        "running": state.running,
+        "oldest_wait_ms": None if state.oldest_ms is None else max(0, state.now_ms - state.oldest_ms),
+        "workers": state.workers,
+        "slots": state.slots,
+        "paused": None if state.paused_by is None else {"by": state.paused_by, "for_ms": state.paused_for_ms},
+    }
+
+
+def worker_object(state: WorkerState) -> dict[str, Any]:
+    return {
+        "id": state.worker_id,
+        "object": "worker",
+        "host": state.host,
+        "pid": state.pid,
+        "version": state.version,
+        "agent": state.agent,
+        "max_jobs": state.max_jobs,
+        "started_ms": state.started_ms,
+        "last_beat_ms": state.last_beat_ms,
+        "lease_ends_ms": state.lease_ends_ms,
+        "draining": state.is_draining,
+        "jobs": state.jobs,
+    }
+
+
+def audit_object(entry: AuditEntry) -> dict[str, Any]:
+    return {"object": "audit_entry"} | entry._asdict()
