@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 from shared.settings import Settings
 
 VARIABLE_PREFIX = "ENDMARK_"
-_SECRET_FIELDS = frozenset({"api_keys", "redis_url"})  # a Redis URL may carry a password
+_SECRET_FIELDS = frozenset({"admin_keys", "api_keys", "redis_url"})  # a Redis URL may carry a password
 
 
 class InvalidSettings(click.ClickException):

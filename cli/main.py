@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cli import inspect
 from cli.environment import RedisUnreachable, UnusableAgent, override, read_settings, require_free_port
 
 _host = click.option("--host", help="The address that the API binds (ENDMARK_HOST).")
@@ -92,6 +93,10 @@ def worker(redis_url: str | None) -> None:
         raise UnusableAgent(str(error)) from error
     except FAILURES as error:
         raise RedisUnreachable(settings.redis_url, error) from error
+
+
+for command in (inspect.jobs, inspect.workers, inspect.queue, inspect.top):
+    main.add_command(command)
 
 
 if __name__ == "__main__":
