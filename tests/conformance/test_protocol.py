@@ -270,7 +270,7 @@ async def test_a_worker_finds_what_it_holds_when_the_answer_to_its_claim_was_los
     await store.redis.delete(store.keys.job(gone.job_id))
     held = {job.claim.job_id: job for job in await store.held_by(worker.id)}
     assert held.keys() == {executing.job_id, ended.job_id, gone.job_id}
-    assert held[executing.job_id] == (executing.claim, True)
+    assert held[executing.job_id] == (executing.claim, True, True)
     assert not held[ended.job_id].is_running
     assert not held[gone.job_id].is_running
     assert await store.held_by("nobody") == []
