@@ -85,15 +85,16 @@ class SentinelCluster:
         self.primary.send_signal(signum)
         self._wait_for_the_other()
 
-    def plan_failover(self, *, demote: bool) -> DurableServer:
-        """As an operator asks for it. Returns the old primary, which takes writes until the sentinels demote it.
+    def plan_failover(self, *, coordinated: bool) -> DurableServer:
+        """As an operator asks for it. Returns the old primary.
 
-        They do after some seconds, or never if not `demote`.
+        Coordinated, it hands over what it has, and is a replica from then on. Otherwise it would take writes for some
+        seconds more, until the sentinels demote it; here they may not.
         """
         before = self.primary
-        if not demote:
+        if not coordinated:
             before.client.acl_setuser("default", enabled=True, commands=["-replicaof", "-slaveof"])
-        self._sentinels[0].execute_command("SENTINEL", "FAILOVER", SERVICE)
+        self._sentinels[0].execute_command("SENTINEL", "FAILOVER", SERVICE, *(["COORDINATED"] if coordinated else []))
         self._wait_for_the_other()
         return before
 
