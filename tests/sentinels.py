@@ -80,6 +80,11 @@ class SentinelCluster:
             sentinel.process.kill()
             sentinel.process.wait()
 
+    @property
+    def can_coordinate(self) -> bool:
+        info: Any = self.primary.client.info("server")
+        return int(info.get("valkey_version", "0").partition(".")[0]) >= 9
+
     def fail(self, signum: signal.Signals) -> None:
         """The primary gets this signal. Returns when the replica has taken over."""
         self.primary.send_signal(signum)

@@ -11,16 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
+import redis
 
-from shared.sentinel import look_for_primary
+from shared.connection import connect, connect_blocking
+from shared.sentinel import address_of_primary, look_for_primary
+from shared.settings import Settings
 from tests.conftest import leaks
 from tests.contract.test_redis_faults import Crowd, Heard, idle
 from tests.deployment import Deployment, deployed, script
 from tests.durable_server import DurableServer
 from tests.processes import ROOT
-from tests.sentinels import SentinelCluster, role
+from tests.sentinels import SERVICE, SentinelCluster, role
 from tests.waiting import async_wait_until
 
 Start = Callable[..., Deployment]
@@ -96,6 +100,8 @@ async def test_a_planned_failover_moves_everything_to_the_new_primary(
     start: Start, cluster: SentinelCluster, coordinated: bool
 ) -> None:
     """The old primary is read-only, or goes on as a primary that breaks no connection. Nobody may stay there."""
+    if coordinated and not cluster.can_coordinate:
+        pytest.skip("this server has no coordinated failover")
     service = start(workers=2)
     crowd = Crowd(service, script(say=FRAGMENTS, every_s=0.1), size=5)
     await crowd.has_begun()
@@ -123,3 +129,33 @@ async def test_without_its_sentinels_what_is_connected_goes_on(start: Start, clu
     assert await crowd.heard() == [Heard(WHOLE, None)] * 3
     assert await Crowd(service, script(say=["a"]), size=3).heard() == [Heard("a", None)] * 3
     await idle(service)
+
+
+def mistaken_about(replica: DurableServer) -> dict[str, Any]:
+    """What a sentinel says that takes a replica for the primary."""
+    state = {"is_master": True, "is_sdown": False, "is_odown": False, "num-other-sentinels": 2}
+    return {SERVICE: state | {"ip": "127.0.0.1", "port": replica.port}}
+
+
+async def test_nobody_stays_with_a_replica_that_a_sentinel_takes_for_the_primary(
+    cluster: SentinelCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subscription there would be silent for ever."""
+    [replica] = [server for server in cluster.servers if server is not cluster.primary]
+    settings = Settings(redis_url=cluster.url)
+    client, blocking = connect(settings), connect_blocking(settings)
+    pools: list[Any] = [client.connection_pool, blocking.connection_pool]
+    in_async, in_thread = (pool.sentinel_manager.sentinels[0] for pool in pools)
+    monkeypatch.setattr(in_async, "sentinel_masters", AsyncMock(return_value=mistaken_about(replica)))
+    monkeypatch.setattr(in_thread, "sentinel_masters", Mock(return_value=mistaken_about(replica)))
+
+    with pytest.raises(redis.ConnectionError, match="not the primary"):
+        await client.ping()
+    with pytest.raises(redis.ConnectionError, match="not the primary"):
+        blocking.ping()
+
+    assert await client.ping()
+    assert blocking.ping()
+    assert address_of_primary(client) == address_of_primary(blocking) == ("127.0.0.1", cluster.primary.port)
+    await client.aclose(close_connection_pool=True)
+    blocking.close()
