@@ -26,6 +26,7 @@ from api.tail import Switchboard
 from shared import logs
 from shared.connection import connect
 from shared.files import FileStore
+from shared.sentinel import follow_primary
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.sweeper import sweep_forever
@@ -59,10 +60,11 @@ def create_app(settings: Settings | None = None) -> Starlette:
             started_s=int(time.time()),
         )
         async with switchboard:
-            sweeper = asyncio.create_task(sweep_forever(store))
+            services = [asyncio.create_task(service) for service in (follow_primary(store.redis), sweep_forever(store))]
             log.info("api_started", model=settings.model_name)
             yield
-            await end_task(sweeper)
+            for service in services:
+                await end_task(service)
         await errands.finish(within_s=ERRANDS_S)
         await store.redis.aclose(close_connection_pool=True)
         log.info("api_stopped")

@@ -13,7 +13,6 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import click
 from pydantic import ValidationError
@@ -102,9 +101,10 @@ def require_free_port(host: str, port: int) -> None:
 
 
 def without_password(redis_url: str) -> str:
-    """A Redis URL as it may be shown."""
-    parts = urlsplit(redis_url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    """A Redis URL as it may be shown. Its options are left out: they may hold a password, too."""
+    scheme, _, rest = redis_url.partition("?")[0].partition("://")
+    netloc, slash, path = rest.partition("/")
+    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"
 
 
 def free_port(host: str) -> int:

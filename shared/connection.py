@@ -14,6 +14,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.backoff import NoBackoff
 from redis.retry import Retry as SyncRetry
 
+from shared.sentinel import BlockingPrimaryPool, PrimaryPool, is_sentinel_url, parse_sentinel_url
 from shared.settings import Settings
 from shared.text import json_bytes, parse_json
 
@@ -68,12 +69,15 @@ def connect(settings: Settings) -> ArqRedis:
 
     Commands are not retried here: who sends one knows whether it may be sent twice.
     """
-    client: ArqRedis = ArqRedis.from_url(
-        settings.redis_url,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=COMMAND_TIMEOUT_S,
-        health_check_interval=0,
-    )
+    options: dict[str, Any] = {
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_timeout": COMMAND_TIMEOUT_S,
+        "health_check_interval": 0,
+    }
+    if is_sentinel_url(settings.redis_url):
+        client = ArqRedis(PrimaryPool(parse_sentinel_url(settings.redis_url), **options))
+    else:
+        client = ArqRedis.from_url(settings.redis_url, **options)
     pool = client.connection_pool
     pool.connection_class = type("Connection", (_HonestConnection, pool.connection_class), {})
     client.job_serializer = json_bytes
@@ -84,12 +88,14 @@ def connect(settings: Settings) -> ArqRedis:
 
 def connect_blocking(settings: Settings) -> redis.Redis:
     """A connection pool for a thread: the heartbeat's, which must not wait for the event loop. Nothing is retried."""
-    return redis.Redis.from_url(
-        settings.redis_url,
-        socket_connect_timeout=CONNECT_TIMEOUT_S,
-        socket_timeout=settings.lease_s / 2,
-        retry=SyncRetry(NoBackoff(), 0),
-    )
+    options: dict[str, Any] = {
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_timeout": settings.lease_s / 2,
+        "retry": SyncRetry(NoBackoff(), 0),
+    }
+    if is_sentinel_url(settings.redis_url):
+        return redis.Redis.from_pool(BlockingPrimaryPool(parse_sentinel_url(settings.redis_url), **options))
+    return redis.Redis.from_url(settings.redis_url, **options)
 
 
 async def insist(call: Callable[[], Awaitable[T]]) -> T:

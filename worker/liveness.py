@@ -20,6 +20,7 @@ import structlog
 
 from shared import scripts
 from shared.connection import FAILURES, connect_blocking
+from shared.sentinel import Address, look_for_primary
 from shared.store import JobStore
 
 log = structlog.get_logger(__name__)
@@ -116,6 +117,7 @@ class Heartbeat:
         self._redis = connect_blocking(store.settings)
         self._presence = Presence(self._redis, store.keys.worker_channel(worker_id))
         self._beat = self._redis.register_script(scripts.source("beat"))
+        self._primary: Address | None = None  # which Sentinel named last
         self._answer_lost = False  # whether a beat may have told that the lease was lost, and was not heard
         self._is_stuck = False
 
@@ -135,6 +137,7 @@ class Heartbeat:
         while not self._stopping.is_set() and not self._loop.is_closed():
             try:
                 self._loop_watch.ask()
+                self._follow_primary()
                 self._beat_unless_stuck()
                 if not is_present:
                     self._stopping.wait(retry_s)
@@ -148,6 +151,13 @@ class Heartbeat:
             if is_present:
                 retry_s = FIRST_RETRY_S
         self._presence.end()
+
+    def _follow_primary(self) -> None:
+        """A failover need not break the connection that shows presence: the old primary may live on, or hang."""
+        before, self._primary = self._primary, look_for_primary(self._redis) or self._primary
+        if before not in (None, self._primary):
+            log.warning("presence_moves", worker=self._worker_id, primary=self._primary)
+            self._presence.end()
 
     def _beat_unless_stuck(self) -> None:
         if self._loop_watch.stuck_for_s() >= self._settings.stuck_after_s:

@@ -69,6 +69,7 @@ class AttemptLog:
         self._tally = Tally()
         self._said: list[tuple[Kind, bytes]] = []  # not yet entries
         self._unsent: list[Entry] = []  # numbered; on their way or waiting for a retry
+        self._confirmed = EntryId(claim.attempt, 0)  # Redis has had everything up to here
         self._finish: _Finish | None = None
         self._finished = False
         self._bytes_waiting = 0
@@ -140,12 +141,18 @@ class AttemptLog:
 
     def landed(self, last: EntryId) -> None:
         """Redis has every entry up to `last`."""
+        self._confirmed = max(self._confirmed, last)
         self._unsent = [entry for entry in self._unsent if entry.id > last]
         self._bytes_waiting = sum(len(entry.payload) for entry in self._unsent) + sum(
             len(payload) for _, payload in self._said
         )
         if not self._unsent and not self._said:
             self._flushed.set()
+
+    def may_go_on_behind(self, last: EntryId) -> bool:
+        """Whether a stream that ends with `last` is this attempt's own: nothing is lost, nothing a stranger's."""
+        newest = self._finish.marker.id if self._finish is not None else EntryId(self.claim.attempt, self._tally.count)
+        return self._confirmed <= last <= newest
 
     def ended(self, ending: Ending) -> None:
         """Redis has answered for the marker."""
@@ -303,6 +310,10 @@ class Publisher:
                 last = EntryId.parse(rows[0][0])
                 if last.attempt > attempt.claim.attempt:
                     attempt.lose(Loss.FENCED)
+                    continue
+                if not attempt.may_go_on_behind(last):  # a failover may lose what was confirmed
+                    log.error("confirmed_entries_lost", job=attempt.claim.job_id, last=str(last))
+                    attempt.lose(Loss.REFUSED)
                     continue
                 entries, finish = attempt.take()
                 channel = self._store.keys.stream_channel(attempt.claim.job_id)

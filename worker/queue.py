@@ -29,6 +29,7 @@ from shared.entries import ErrorMarker
 from shared.files import FileStore
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
+from shared.sentinel import follow_primary
 from shared.settings import Settings
 from shared.store import Claim, JobStore
 from shared.sweeper import sweep_forever
@@ -110,6 +111,7 @@ class QueueWorker(Worker):
         self._services.push_async_callback(heartbeat.stop)
         await self._services.enter_async_context(self.publisher)  # closed before the lease may end
         for service in (
+            follow_primary(self.store.redis),
             sweep_forever(self.store),
             follow_orders(
                 self.store,
@@ -185,10 +187,10 @@ class QueueWorker(Worker):
             if known is not None and known.claim.attempt == held.claim.attempt:
                 continue
             log.warning("forgotten_job", job=held.claim.job_id, attempt=held.claim.attempt, running=held.is_running)
-            if held.is_running:
+            if held.is_running and held.nothing_shown:
                 self._start(held.claim)
             else:
-                await self.store.release(held.claim, self.worker_id)
+                await self.store.release(held.claim, self.worker_id)  # which ends it, if it has not ended
         self._reconcile_at = self.loop.time() + RECONCILE_S
 
     async def _wait_for_bell(self) -> None:

@@ -262,15 +262,17 @@ async def test_a_job_whose_request_is_gone_is_still_claimed_so_that_it_gets_an_e
 
 async def test_a_worker_finds_what_it_holds_when_the_answer_to_its_claim_was_lost(store: JobStore) -> None:
     worker = await a_worker(store)
-    for _ in range(4):
+    for _ in range(5):
         await submitted(store)
-    executing, finished, ended, gone = await worker.claim(4)
+    executing, speaking, finished, ended, gone = await worker.claim(5)
+    await speaking.say(b"a")
     await finished.finish_ok()
     await store.cancel(ended.job_id, "")
     await store.redis.delete(store.keys.job(gone.job_id))
     held = {job.claim.job_id: job for job in await store.held_by(worker.id)}
-    assert held.keys() == {executing.job_id, ended.job_id, gone.job_id}
-    assert held[executing.job_id] == (executing.claim, True)
+    assert held.keys() == {executing.job_id, speaking.job_id, ended.job_id, gone.job_id}
+    assert held[executing.job_id] == (executing.claim, True, True)
+    assert held[speaking.job_id] == (speaking.claim, True, False), "it must not be executed again"
     assert not held[ended.job_id].is_running
     assert not held[gone.job_id].is_running
     assert await store.held_by("nobody") == []

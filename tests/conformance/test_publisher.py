@@ -267,6 +267,47 @@ async def test_a_redis_that_has_forgotten_the_scripts_is_taught_them_again(store
     await assert_whole(store, spoken.job_id)
 
 
+# -- a failover that loses what was confirmed --------------------------------------------------------------------------
+
+
+async def test_an_answer_whose_last_confirmed_entry_is_lost_never_ends_well(store: JobStore, spoken: Spoken) -> None:
+    await store.redis.script_load(store.script("finish").script)
+    spoken.say(b"a")
+    await spoken.log.flushed()
+    await store.redis.xdel(store.keys.stream(spoken.job_id), "1-1")
+    assert await spoken.finish_ok() is Ending.INCOMPLETE
+    assert await status_of(store, spoken.job_id) is Status.RUNNING
+
+
+async def test_a_confirmed_entry_that_is_lost_with_the_connection_ends_the_attempt_at_once(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines
+) -> None:
+    for fragment in (b"a", b"b"):
+        spoken.say(fragment)
+        await spoken.log.flushed()
+    await store.redis.xdel(store.keys.stream(spoken.job_id), "1-2")
+    pipelines.plan = ["before"]
+    spoken.say(b"c")
+    with pytest.raises(AttemptLostError):
+        await spoken.log.flushed()
+    assert spoken.losses == [Loss.REFUSED]
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")], "nothing follows the hole"
+    assert await spoken.finish_ok() is Ending.FENCED
+
+
+async def test_an_entry_of_somebody_else_is_not_taken_for_ones_own(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines
+) -> None:
+    """If a failover has lost the claim, another worker may be given the same attempt."""
+    for entry_id in ("1-1", "1-2"):
+        await store.redis.xadd(store.keys.stream(spoken.job_id), {"delta": b"another"}, id=entry_id)
+    pipelines.plan = ["before"]
+    spoken.say(b"mine")
+    with pytest.raises(AttemptLostError):
+        await spoken.log.flushed()
+    assert spoken.losses == [Loss.REFUSED]
+
+
 # -- a connection that breaks ------------------------------------------------------------------------------------------
 
 BREAKS: list[list[str | int]] = [

@@ -226,6 +226,25 @@ def test_a_restart_of_redis_makes_no_worker_lost(own_service: Start, tmp_path: P
         assert noted(log, "started") == 1
 
 
+def test_an_answer_whose_end_redis_has_lost_is_not_given_again(own_service: Start, tmp_path: Path) -> None:
+    """As after a failover, or a crash with appendfsync everysec: Redis is back where the job was running."""
+    service, log = own_service(), tmp_path / "log"
+    with service.client() as client:
+        answer = client.chat.completions.create(model="endmark", messages=script(say=["whole"], log=str(log)))
+    job_id, keys, redis = answer.id, service.keys, service.redis
+    [(marker_id, _)] = redis.xrevrange(keys.stream(job_id), count=1)  # type: ignore[misc]  # redis-py types both at once
+    with redis.pipeline() as pipe:
+        pipe.xdel(keys.stream(job_id), marker_id)
+        pipe.hset(keys.job(job_id), "status", "running")
+        pipe.zadd(keys.deadlines, {job_id: FAR_MS})
+        pipe.sadd(keys.worker_jobs(the_only_worker_id(service)), job_id)
+        pipe.execute()
+    service.wait_for_status(job_id, Status.FAILED, timeout=20)
+    service.wait_until_idle()
+    assert json.loads(service.job_field(job_id, "error"))["code"] == "worker_lost"
+    assert noted(log, "started") == 1
+
+
 # -- arq ends a job without calling us ---------------------------------------------------------------------------------
 
 

@@ -85,6 +85,41 @@ def test_a_bad_value_is_refused_at_the_start(changes: dict[str, Any]) -> None:
         Settings(**changes)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:secret@redis:6379/2",
+        "rediss://redis",
+        "unix:///run/redis.sock",
+        "redis+sentinel://a,b:26380,[::1]:26381/agents/0",
+        "rediss+sentinel://user:secret@a/agents?sentinel_password=secret",
+    ],
+)
+def test_redis_has_a_url(url: str) -> None:
+    assert Settings(redis_url=url).redis_url == url
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:6379", "begins with redis://"),
+        ("sentinel://:secret@a:26379/agents", r"redis\+sentinel://"),
+        ("redis+sentinel://:secret@a:26379", "/service"),
+        ("redis+sentinel://:secret@a:26379/", "/service"),
+        ("redis+sentinel://:secret@a:26379/agents/zero", "database"),
+        ("redis+sentinel://:secret@a:26379/agents/0/0", "/service"),
+        ("redis+sentinel://:secret@/agents", "host:port"),
+        ("redis+sentinel://:secret@a,,b/agents", "host:port"),
+        ("redis+sentinel://:secret@a:port/agents", "host:port"),
+        ("redis+sentinel://:secret@a/agents?socket_timeout=long", "socket_timeout"),
+    ],
+)
+def test_a_wrong_redis_url_is_explained_without_its_password(url: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as refused:
+        Settings(redis_url=url)
+    assert "secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize("agent", ["auto", "nanobot", "openai", "echo", "my_agents.support:build"])
 def test_agents_have_names_or_places(agent: str) -> None:
     assert Settings(agent=agent).agent == agent
