@@ -49,6 +49,7 @@ from shared.store import Ending, JobStore
 from shared.text import text_bytes
 from tests.conftest import fake_client
 from tests.jobs import Attempt, WorkerSteps, entries_of, running, submitted
+from worker.compactor import Compactor
 
 T = TypeVar("T")
 
@@ -219,15 +220,22 @@ async def _said(store: JobStore, count: int) -> Attempt:
 
 
 @settings(max_examples=60)
-@given(count=st.integers(0, 12), seen=st.integers(0, 15), page=st.integers(1, 15))
-def test_any_cursor_gets_exactly_what_follows_it(deployment: Deployment, count: int, seen: int, page: int) -> None:
+@given(count=st.integers(0, 12), seen=st.integers(0, 15), page=st.integers(1, 15), packed=st.booleans())
+def test_any_cursor_gets_exactly_what_follows_it(
+    deployment: Deployment, count: int, seen: int, page: int, packed: bool
+) -> None:
     store = deployment.store
     attempt = deployment.run(_said(store, count))
     whole = deployment.run(entries_of(store, attempt.job_id))
     assert len(whole) == count + 2
+    if packed:
+        assert deployment.run(Compactor(store, attempt.worker_id).compact(attempt.claim))
     cursor = whole[min(seen, len(whole)) - 1].id if seen else BEGINNING
     read = deployment.run(store.read_after(attempt.job_id, cursor, page))
-    assert read.entries == [entry for entry in whole if entry.id > cursor][:page]
+    follows = [entry for entry in whole if entry.id > cursor]
+    assert read.entries == follows[: len(read.entries)]
+    assert len(read.entries) == min(page, len(follows)) or (packed and len(read.entries) > page)
+    assert read.more or read.entries == follows
 
 
 steps = st.lists(
@@ -377,6 +385,12 @@ class Queue(RuleBasedStateMachine):
         assume(not self.is_current(attempt))
         self.run(attempt.release())
         self.executing.pop((attempt.job_id, attempt.claim.attempt), None)
+
+    @rule(attempt=attempts)
+    def compact(self, attempt: Attempt) -> None:
+        """By anybody who had an attempt of the job, at any time."""
+        packed = self.run(Compactor(self.store, attempt.worker_id).compact(attempt.claim))
+        assert not packed or attempt.job_id in self.ended
 
     @precondition(lambda self: self.accepted)
     @rule(data=st.data())
