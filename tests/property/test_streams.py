@@ -332,14 +332,21 @@ class Queue(RuleBasedStateMachine):
 
     # -- steps
 
-    @initialize(target=attempts, sessions=st.lists(st.sampled_from(SESSIONS), min_size=1, max_size=4))
-    def start(self, sessions: list[str]) -> Any:
-        """Some jobs are there already, and some run: chance alone seldom gets that far."""
+    @initialize(
+        target=attempts,
+        sessions=st.lists(st.sampled_from(SESSIONS), min_size=1, max_size=4),
+        said=st.tuples(*[st.integers(0, 3)] * 3),
+    )
+    def start(self, sessions: list[str], said: tuple[int, ...]) -> Any:
+        """Some jobs are there already, some run and have said something: chance alone seldom gets that far."""
         for worker_id in WORKERS:
             self.run(WorkerSteps(self.store, worker_id).beat())
         for session in sessions:
             self.accept(session)
-        return multiple(*self.claim_some("w1", 3))
+        claimed = self.claim_some("w1", 3)
+        for attempt, count in zip(claimed, said, strict=False):
+            self.run(attempt.say(*[b"said"] * count))
+        return multiple(*claimed)
 
     @precondition(lambda self: len(self.accepted) < 12)
     @rule(session=st.sampled_from(SESSIONS))
