@@ -25,22 +25,20 @@ from redis.asyncio.client import PubSub
 
 from shared.connection import FAILURES, passes
 from shared.entries import BEGINNING, Entry, EntryId, UnreadableEntryError, entry_from_message
-from shared.jobs import Status
+from shared.jobs import TERMINAL, Status
 from shared.listening import responses, subscribe, unsubscribe
 from shared.store import JobStore, StreamRead
 from shared.tasks import end_task
 
 log = structlog.get_logger(__name__)
 
-PAGE_ENTRIES = 100  # how many entries one read returns at most
+PAGE_ENTRIES = 100  # how many entries one read returns at most, but for a pack
 PAGE_BYTES = 1024 * 1024  # what one read is to return, as far as the entries before it foretell
 QUIET_S = 15.0  # how long a silent stream is trusted to be silent
 DEAF_S = 0.25  # the same while pub/sub is not connected
 RECONNECT_S = 0.1
 GOODBYE_S = 2.0  # how long a stopping process waits for its last readers
 HEARD_BYTES = 1024 * 1024  # what a slow reader may have waiting in memory; the rest waits in Redis
-
-_TERMINAL = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 
 class TailError(Exception):
@@ -68,7 +66,7 @@ class Tail:
         self._switchboard = switchboard
         self._heard: list[Entry] = []
         self._heard_bytes = 0
-        self._page_entries = PAGE_ENTRIES
+        self._page_rows = PAGE_ENTRIES
         self._must_read = True
         self._trusted_at = 0.0  # of the loop's clock: when something was last heard or read
         self._interrupted = asyncio.Event()
@@ -79,7 +77,7 @@ class Tail:
         if self._must_read:
             pass  # the stream tells it too
         elif self._heard_bytes > HEARD_BYTES:
-            self._size_pages(self._heard)
+            self._size_pages(self._heard, len(self._heard))
             self.doubt()
         else:
             self._heard.append(entry)
@@ -155,31 +153,31 @@ class Tail:
         """What the stream holds behind the cursor. What is heard meanwhile is kept, and compared with it later."""
         self._must_read = False
         self._forget_heard()
-        asked_for = self._page_entries
-        read = await self._switchboard.read(self.job_id, self.cursor, asked_for, self._interrupted)
+        read = await self._switchboard.read(self.job_id, self.cursor, self._page_rows, self._interrupted)
         if read is None:
             return []
         self._trusted_at = asyncio.get_running_loop().time()
         gone = read.status is None if read.exists else read.status is not Status.QUEUED
         if gone and not read.entries:
             raise StreamExpiredError(self.job_id)
-        if not read.entries and read.status in _TERMINAL:
+        if not read.entries and read.status in TERMINAL:
             raise StreamGapError(f"{self.job_id} has ended, but its stream has no marker after {self.cursor}")
         cursor = self.cursor
         for entry in read.entries:
             if not cursor.is_followed_by(entry.id):
                 raise StreamGapError(f"{self.job_id} has {entry.id} after {cursor}")
             cursor = entry.id
-        if len(read.entries) == asked_for:
+        if read.more:
             self._must_read = True
         if read.entries:
-            self._size_pages(read.entries)
+            self._size_pages(read.entries, read.rows)
         return read.entries
 
-    def _size_pages(self, entries: list[Entry]) -> None:
-        """Large entries are read a few at a time: many slow readers must fit into memory."""
-        mean_bytes = 1 + sum(len(entry.payload) for entry in entries) // len(entries)
-        self._page_entries = max(1, min(PAGE_ENTRIES, PAGE_BYTES // mean_bytes))
+    def _size_pages(self, entries: list[Entry], rows: int) -> None:
+        """Large rows are read a few at a time: many slow readers must fit into memory."""
+        row_bytes = 1 + sum(len(entry.payload) for entry in entries) // rows
+        row_entries = 1 + (len(entries) - 1) // rows
+        self._page_rows = max(1, min(PAGE_ENTRIES // row_entries, PAGE_BYTES // row_bytes))
 
 
 class Switchboard:

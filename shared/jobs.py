@@ -25,6 +25,9 @@ class Status(StrEnum):
     CANCELLED = "cancelled"  # the stream ends in an `error` marker, because somebody asked for it
 
 
+TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELLED})
+
+
 class ErrorCode(StrEnum):
     """Why a job ended without a whole answer; `error.code` on the wire."""
 

@@ -16,6 +16,7 @@ _PER_ID = {
     "request_key": "%s:{%s}:request",  # string: the request, as JSON
     "attachments_key": "%s:{%s}:attachments",  # list: the files that came inside of the request
     "stream_key": "%s:{%s}:stream",  # stream: what the agent said, and how it ended
+    "packing_key": "%s:{%s}:packing",  # stream: what is to take its place, packed, while it is being made
     "stream_channel": "%s:{%s}:stream",  # pub/sub: every entry of that stream, as it is appended
     # What follows the kind is the session's own name, whatever it holds: no other key begins like these two.
     "turns_key": "%s:turns:%s",  # list: ids of a session's unfinished turns, oldest first; the head may run
@@ -84,6 +85,9 @@ class Keys:
 
     def stream(self, job_id: str) -> str:
         return _PER_ID["stream_key"] % (self.prefix, job_id)
+
+    def packing(self, job_id: str) -> str:
+        return _PER_ID["packing_key"] % (self.prefix, job_id)
 
     def stream_channel(self, job_id: str) -> str:
         return _PER_ID["stream_channel"] % (self.prefix, job_id)

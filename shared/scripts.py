@@ -16,6 +16,7 @@ ScriptName = Literal[
     "leave",
     "forget",
     "claim",
+    "compact",
     "finish",
     "end",
     "release",

@@ -18,9 +18,10 @@ from arq.connections import ArqRedis
 from arq.jobs import serialize_job
 
 from shared import scripts
-from shared.entries import Entry, EntryId, ErrorMarker, entry_from_fields
+from shared.entries import BEGINNING, Entry, EntryId, ErrorMarker
 from shared.jobs import ARQ_FUNCTION, ErrorCode, JobRecord, Join, Once, Status, Submission
 from shared.keys import Keys
+from shared.packs import Row, entries_from_row
 from shared.settings import Settings
 from shared.text import json_bytes, parse_json
 
@@ -109,6 +110,8 @@ class StreamRead:
     """What a reader finds behind its cursor."""
 
     entries: list[Entry]
+    rows: int  # how many rows of the stream held them: a pack is one
+    more: bool  # whether there may be more behind them already
     exists: bool  # whether the stream is there at all
     status: Status | None  # the job's, read before the entries; None: no record
 
@@ -294,6 +297,29 @@ class JobStore:
         """Takes a worker that runs nothing any more off the list."""
         await self._run("retire", self.keys.workers, worker_id)
 
+    async def compact(
+        self, claim: Claim, worker_id: str, rows: Sequence[Row], *, before: int, replaces: tuple[int, EntryId] | None
+    ) -> bool:
+        """Brings packed rows of an ended job's stream, behind `before` others that came earlier.
+
+        With the last ones, all together take the place of the stream that they were made of: `replaces` is its length
+        and its last id. False if they may not, and nothing has changed: the job has not ended, somebody else has gone
+        on with it, or the stream is not what it was.
+        """
+        length, last = replaces or (0, BEGINNING)
+        answer = await self._run(
+            "compact",
+            self.keys.job(claim.job_id),
+            claim.job_id,
+            worker_id,
+            claim.attempt,
+            before,
+            length,
+            str(last),
+            *(part for row in rows for part in (str(row.id), row.name, row.payload)),
+        )
+        return bool(answer != b"changed")
+
     # -- ending from outside -----------------------------------------------------------------------------------------
 
     async def end(self, job_id: str, status: Status, error: ErrorMarker) -> Ending:
@@ -348,17 +374,27 @@ class JobStore:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     async def read_after(self, job_id: str, cursor: EntryId, count: int) -> StreamRead:
-        """Up to `count` entries that follow the cursor, and what there is to expect behind them.
+        """The entries of up to `count` rows that follow the cursor, and what there is to expect behind them.
 
-        Raises UnreadableEntryError.
+        They are `count` entries at most, unless a pack holds more than was missing. Raises UnreadableEntryError.
         """
         async with self.redis.pipeline(transaction=False) as pipe:
             pipe.hget(self.keys.job(job_id), "status")
             pipe.exists(self.keys.stream(job_id))
             pipe.xrange(self.keys.stream(job_id), f"({cursor}", "+", count=count)
             status, exists, rows = await pipe.execute()
+        entries: list[Entry] = []
+        used = 0
+        for raw_id, fields in rows:
+            if len(entries) >= count:
+                break
+            # The first pack may have begun before the cursor.
+            entries += [entry for entry in entries_from_row(raw_id, fields) if entry.id > cursor]
+            used += 1
         return StreamRead(
-            entries=[entry_from_fields(raw_id, fields) for raw_id, fields in rows],
+            entries=entries,
+            rows=used,
+            more=used < len(rows) or len(rows) == count,
             exists=bool(exists),
             status=Status(status.decode()) if status else None,
         )

@@ -154,8 +154,14 @@ async def running(store: JobStore, *, session: str = "") -> Attempt:
 
 
 async def entries_of(store: JobStore, job_id: str) -> list[Entry]:
-    """The whole stream."""
-    return (await store.read_after(job_id, BEGINNING, 10_000)).entries
+    """The whole stream, as a reader gets it: of a pack, what it holds."""
+    entries: list[Entry] = []
+    more = True
+    while more:
+        read = await store.read_after(job_id, entries[-1].id if entries else BEGINNING, 1000)
+        entries += read.entries
+        more = read.more
+    return entries
 
 
 async def record_of(store: JobStore, job_id: str) -> JobRecord:

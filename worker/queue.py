@@ -36,6 +36,7 @@ from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
 from worker.agents.contract import Agent
+from worker.compactor import Compactor
 from worker.liveness import Heartbeat
 from worker.orders import follow_orders
 from worker.publisher import Publisher
@@ -77,6 +78,7 @@ class QueueWorker(Worker):
         self.files = FileStore(self.store.redis, settings)
         self.worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
         self.publisher = Publisher(self.store, self.worker_id)
+        self.compactor = Compactor(self.store, self.worker_id)
         self.runs: dict[str, Run] = {}
         self._reconcile_at = 0.0  # of the loop's clock
         self._claiming = asyncio.Lock()  # held while a claim is on its way: it must not be cut
@@ -110,6 +112,7 @@ class QueueWorker(Worker):
         await try_for(self.settings.redis_patience_s, heartbeat.start)
         self._services.push_async_callback(heartbeat.stop)
         await self._services.enter_async_context(self.publisher)  # closed before the lease may end
+        await self._services.enter_async_context(self.compactor)
         for service in (
             follow_primary(self.store.redis),
             sweep_forever(self.store),
@@ -214,6 +217,7 @@ class QueueWorker(Worker):
         self.runs[claim.job_id] = run
         task = self.loop.create_task(self._deliver(run, earlier))
         task.add_done_callback(lambda _: self._changed.set())
+        task.add_done_callback(lambda _: self.compactor.offer(claim))
         self.tasks[claim.job_id] = task
 
     async def _deliver(self, run: Run, earlier: asyncio.Task[Any] | None) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import redis
 
-from shared.entries import BEGINNING, EntryId
+from shared.entries import BEGINNING
 from shared.jobs import ErrorCode, JobRecord
+from shared.packs import entries_from_row
 from tests.chaos.cluster import MAX_ATTEMPTS, Cluster
 from tests.chaos.load import Told
 from tests.conftest import leaks
@@ -136,8 +137,9 @@ class Oracle:
         """Ids count without a gap, one marker is last, and one attempt at most has said anything."""
         for job_id, record in self._records.items():
             rows: Any = self._redis.xrange(self._cluster.keys.stream(job_id))
-            ids = [EntryId.parse(entry_id) for entry_id, _ in rows]
-            kinds = [next(iter(fields)).decode() for _, fields in rows]
+            entries = [entry for raw_id, fields in rows for entry in entries_from_row(raw_id, fields)]
+            ids = [entry.id for entry in entries]
+            kinds = [entry.kind.value for entry in entries]
             before = BEGINNING
             for entry_id in ids:
                 if not before.is_followed_by(entry_id):

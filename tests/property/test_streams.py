@@ -50,6 +50,7 @@ from shared.store import Ending, JobStore
 from shared.text import text_bytes
 from tests.conftest import fake_client
 from tests.jobs import Attempt, WorkerSteps, entries_of, running, submitted
+from worker.compactor import Compactor
 
 T = TypeVar("T")
 
@@ -220,15 +221,22 @@ async def _said(store: JobStore, count: int) -> Attempt:
 
 
 @settings(max_examples=60)
-@given(count=st.integers(0, 12), seen=st.integers(0, 15), page=st.integers(1, 15))
-def test_any_cursor_gets_exactly_what_follows_it(deployment: Deployment, count: int, seen: int, page: int) -> None:
+@given(count=st.integers(0, 12), seen=st.integers(0, 15), page=st.integers(1, 15), packed=st.booleans())
+def test_any_cursor_gets_exactly_what_follows_it(
+    deployment: Deployment, count: int, seen: int, page: int, packed: bool
+) -> None:
     store = deployment.store
     attempt = deployment.run(_said(store, count))
     whole = deployment.run(entries_of(store, attempt.job_id))
     assert len(whole) == count + 2
+    if packed:
+        assert deployment.run(Compactor(store, attempt.worker_id).compact(attempt.claim))
     cursor = whole[min(seen, len(whole)) - 1].id if seen else BEGINNING
     read = deployment.run(store.read_after(attempt.job_id, cursor, page))
-    assert read.entries == [entry for entry in whole if entry.id > cursor][:page]
+    follows = [entry for entry in whole if entry.id > cursor]
+    assert read.entries == follows[: len(read.entries)]
+    assert len(read.entries) == min(page, len(follows)) or (packed and len(read.entries) > page)
+    assert read.more or read.entries == follows
 
 
 steps = st.lists(
@@ -298,6 +306,7 @@ class Queue(RuleBasedStateMachine):
         self.session_of: dict[str, str] = {}
         self.state_of: dict[str, bytes] = {}  # what the last whole turn of each session left
         self.ended: dict[str, tuple[JobRecord, list[Entry]]] = {}  # how the terminal jobs were when they ended
+        self.opened: list[Attempt] = []
         self.executing: dict[
             tuple[str, int], str
         ] = {}  # job and attempt: the worker that has neither released nor lost it
@@ -324,23 +333,40 @@ class Queue(RuleBasedStateMachine):
 
     # -- steps
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(
+        target=attempts,
+        sessions=st.lists(st.sampled_from(SESSIONS), min_size=1, max_size=4),
+        said=st.tuples(*[st.integers(0, 3)] * 3),
+    )
+    def start(self, sessions: list[str], said: tuple[int, ...]) -> Any:
+        """Some jobs are there already, some run and have said something: chance alone seldom gets that far."""
         for worker_id in WORKERS:
             self.run(WorkerSteps(self.store, worker_id).beat())
+        for session in sessions:
+            self.accept(session)
+        claimed = self.claim_some("w1", 3)
+        for attempt, count in zip(claimed, said, strict=False):
+            self.run(attempt.say(*[b"said"] * count))
+        return multiple(*claimed)
 
     @precondition(lambda self: len(self.accepted) < 12)
     @rule(session=st.sampled_from(SESSIONS))
     def submit(self, session: str) -> None:
-        job_id = f"job-{len(self.accepted):02}"
         turns = sum(1 for other in self.accepted if session and self.session_of[other] == session)
         assume(turns < 5)
+        self.accept(session)
+
+    def accept(self, session: str) -> None:
+        job_id = f"job-{len(self.accepted):02}"
         self.run(submitted(self.store, job_id, session=session))
         self.accepted.append(job_id)
         self.session_of[job_id] = session
 
     @rule(target=attempts, worker_id=st.sampled_from(WORKERS), slots=st.integers(1, 3))
     def claim(self, worker_id: str, slots: int) -> Any:
+        return multiple(*self.claim_some(worker_id, slots))
+
+    def claim_some(self, worker_id: str, slots: int) -> list[Attempt]:
         worker = WorkerSteps(self.store, worker_id)
         self.run(worker.beat())
         claimed = self.run(worker.claim(slots))
@@ -351,14 +377,15 @@ class Queue(RuleBasedStateMachine):
                 assert all(self.record(job).finished_ms for job in earlier if self.session_of[job] == session)
                 assert self.run(self.store.session_state(session)) == self.state_of.get(session)
             self.executing[attempt.job_id, attempt.claim.attempt] = worker_id
-        return multiple(*claimed)
+        self.opened += claimed
+        return claimed
 
-    @rule(attempt=attempts, payload=st.binary(max_size=3))
-    def say(self, attempt: Attempt, payload: bytes) -> None:
+    @rule(attempt=attempts, payloads=st.lists(st.binary(max_size=3), min_size=1, max_size=3))
+    def say(self, attempt: Attempt, payloads: list[bytes]) -> None:
         if self.is_current(attempt):
-            self.run(attempt.say(payload))
+            self.run(attempt.say(*payloads))
             return
-        late = Entry(EntryId(attempt.claim.attempt, attempt.tally.count + 1), Kind.DELTA, payload)
+        late = Entry(EntryId(attempt.claim.attempt, attempt.tally.count + 1), Kind.DELTA, payloads[0])
         with pytest.raises(ResponseError, match="equal or smaller"):
             self.run(attempt.append(late))
 
@@ -378,6 +405,17 @@ class Queue(RuleBasedStateMachine):
         assume(not self.is_current(attempt))
         self.run(attempt.release())
         self.executing.pop((attempt.job_id, attempt.claim.attempt), None)
+
+    @precondition(lambda self: self.opened)
+    @rule(data=st.data())
+    def compact(self, data: st.DataObject) -> None:
+        """By anybody who had an attempt, at any time; the ended jobs first, and those that said something."""
+        attempt = data.draw(st.sampled_from(sorted(self.opened, key=self._is_to_be_packed, reverse=True)))
+        packed = self.run(Compactor(self.store, attempt.worker_id).compact(attempt.claim))
+        assert not packed or attempt.job_id in self.ended
+
+    def _is_to_be_packed(self, attempt: Attempt) -> tuple[bool, int]:
+        return attempt.job_id in self.ended, attempt.tally.count
 
     @precondition(lambda self: self.accepted)
     @rule(data=st.data())

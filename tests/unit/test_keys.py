@@ -22,6 +22,7 @@ PER_ID = {
     "files_key": "files",
     "file_bytes_key": "file_bytes",
     "stream_key": "stream",
+    "packing_key": "packing",
     "stream_channel": "stream_channel",
     "turns_key": "turns",
     "session_key": "session",

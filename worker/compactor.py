@@ -1,0 +1,105 @@
+"""Packs the streams of jobs that have ended, so that they take little memory until they expire.
+
+Rule 1: nobody waits for it. It begins when a job has been released, packs one job at a time, and is dropped at once
+        when the worker stops: a stream that was not packed is as good as one that was, only larger.
+Rule 2: a stream changes in one step and only as a whole, or stays as it is. Its entries never change (shared/packs.py).
+Rule 3: what fails is logged and not tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+import structlog
+
+from shared.connection import FAILURES, LAST_RETRY_S, passes
+from shared.entries import BEGINNING, UnreadableEntryError
+from shared.jobs import TERMINAL
+from shared.packs import Packer, Row
+from shared.store import Claim, JobStore
+from shared.tasks import end_task
+
+log = structlog.get_logger(__name__)
+
+MAX_WAITING = 1000  # jobs; a worker that ends them faster than it packs them leaves the newest as they are
+FIRST_ROWS = 32  # read at first: they may be large
+PAGE_ROWS = 256  # read at a time then, so that the event loop is soon free for those that run
+BATCH_BYTES = 256 * 1024  # payload of the rows that one script brings
+ROW_BYTES = 16  # what a row costs Redis beside its payload
+SLACK_BYTES = 2048  # what it keeps free behind the last one, on average
+LEAST_GAIN = 0.1  # of the payload; where less is to be gained, the stream is left alone
+
+
+class Compactor:
+    """The one that packs for a worker; an async context manager that owns its task."""
+
+    def __init__(self, store: JobStore, worker_id: str) -> None:
+        self._store = store
+        self._worker_id = worker_id
+        self._waiting: asyncio.Queue[Claim] = asyncio.Queue(MAX_WAITING)
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Compactor:
+        self._task = asyncio.create_task(self._compact_forever(), name="compactor")
+        return self
+
+    async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._task is not None:
+            await end_task(self._task)
+
+    def offer(self, claim: Claim) -> None:
+        """This attempt has been released. Returns at once."""
+        try:
+            self._waiting.put_nowait(claim)
+        except asyncio.QueueFull:
+            log.info("job_not_compacted", job=claim.job_id, reason="too many wait")
+
+    async def _compact_forever(self) -> None:
+        while True:
+            claim = await self._waiting.get()
+            try:
+                await self.compact(claim)
+            except (*FAILURES, UnreadableEntryError) as error:
+                log.warning("job_not_compacted", job=claim.job_id, reason=str(error))
+                if passes(error):
+                    await asyncio.sleep(LAST_RETRY_S)
+            except Exception:
+                log.exception("compactor_broken", job=claim.job_id)
+
+    async def compact(self, claim: Claim) -> bool:
+        """Packs the stream of a job that has ended. False if it stays as it is.
+
+        Raises FAILURES, UnreadableEntryError.
+        """
+        packer = Packer()
+        rows: list[Row] = []  # not yet brought to Redis
+        brought = length = payload_bytes = 0
+        cursor, more = BEGINNING, True
+        while more:
+            page = await self._store.read_after(claim.job_id, cursor, PAGE_ROWS if length else FIRST_ROWS)
+            if page.status not in TERMINAL or not page.entries or page.rows != len(page.entries):
+                return False  # it runs again elsewhere, or has expired, or is packed already
+            cursor, more = page.entries[-1].id, page.more and not page.entries[-1].is_marker
+            length += page.rows
+            payload_bytes += sum(len(entry.payload) for entry in page.entries)
+            rows += packer.add(page.entries)
+            if not more:
+                if not page.entries[-1].is_marker:
+                    return False  # something of it is gone: readers are to find out
+                rows += packer.rest()
+            elif sum(len(row.payload) for row in rows) < BATCH_BYTES:
+                continue
+            if not brought and not _pays(length - len(rows), payload_bytes):
+                return False
+            shape = None if more else (length, cursor)
+            if not await self._store.compact(claim, self._worker_id, rows, before=brought, replaces=shape):
+                return False
+            brought += len(rows)
+            rows = []
+        return True
+
+
+def _pays(rows_less: int, payload_bytes: int) -> bool:
+    """Whether a stream becomes smaller by as much as is worth the work."""
+    return ROW_BYTES * rows_less + SLACK_BYTES >= LEAST_GAIN * payload_bytes
