@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import structlog
@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from api import files, jobs, operations
+from api import files, jobs, operations, stored_completions
 from api.chat import create_completion, watch_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
@@ -26,6 +26,7 @@ from api.tail import Switchboard
 from shared import logs
 from shared.connection import connect
 from shared.files import FileStore
+from shared.index import JobIndex
 from shared.sentinel import follow_primary
 from shared.settings import Settings
 from shared.store import JobStore
@@ -54,6 +55,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
         app.state.services = Services(
             settings=settings,
             store=store,
+            index=JobIndex(store),
             files=FileStore(store.redis, settings),
             switchboard=switchboard,
             errands=errands,
@@ -83,7 +85,14 @@ def create_app(settings: Settings | None = None) -> Starlette:
     middleware += [Middleware(ErrorMiddleware), Middleware(AuthMiddleware, settings=settings)]
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", create_completion, methods=["POST"]),
+            _route("/v1/chat/completions", GET=stored_completions.list_page, POST=create_completion),
+            _route(
+                "/v1/chat/completions/{id}",
+                GET=stored_completions.retrieve,
+                POST=stored_completions.update,
+                DELETE=stored_completions.delete,
+            ),
+            Route("/v1/chat/completions/{id}/messages", stored_completions.list_messages),
             Route("/v1/chat/completions/{id}/stream", watch_completion),
             Route("/v1/jobs/{id}", jobs.retrieve),
             Route("/v1/jobs/{id}/events", jobs.events),
@@ -94,10 +103,8 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/v1/workers", operations.workers),
             Route("/v1/workers/{id}/drain", operations.drain, methods=["POST"]),
             Route("/v1/audit", operations.audit),
-            Route("/v1/files", files.create, methods=["POST"]),
-            Route("/v1/files", files.list_page, methods=["GET"]),
-            Route("/v1/files/{file_id}", files.retrieve, methods=["GET"]),
-            Route("/v1/files/{file_id}", files.delete, methods=["DELETE"]),
+            _route("/v1/files", GET=files.list_page, POST=files.create),
+            _route("/v1/files/{file_id}", GET=files.retrieve, DELETE=files.delete),
             Route("/v1/files/{file_id}/content", files.content),
             Route("/v1/models", list_models),
             Route("/v1/models/{model:path}", retrieve_model),
@@ -110,6 +117,15 @@ def create_app(settings: Settings | None = None) -> Starlette:
     )
     app.router.redirect_slashes = False  # a redirected POST is a GET to many clients
     return app
+
+
+def _route(path: str, **endpoints: Callable[[Request], Awaitable[Response]]) -> Route:
+    """One route for all methods of a path, so that a 405 names all of them."""
+
+    async def answer(request: Request) -> Response:
+        return await endpoints["GET" if request.method == "HEAD" else request.method](request)
+
+    return Route(path, answer, methods=list(endpoints))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

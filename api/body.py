@@ -36,15 +36,15 @@ async def read_chat_body(request: Request, settings: Settings) -> Any:
     if content_type.lower() == b"multipart/form-data":
         async with open_form(request, settings.max_body_bytes) as form:
             return await _form_to_json(form, settings.max_file_bytes)
-    return await read_json(request, settings)
+    return await read_json(request, settings.max_body_bytes)
 
 
-async def read_json(request: Request, settings: Settings, *, default: Any = None) -> Any:
+async def read_json(request: Request, limit: int, *, default: Any = None) -> Any:
     """The body as parsed JSON; `default`, if there is one, for an empty body: SDKs send that as JSON, too.
 
     Raises PayloadTooLargeError before more than the limit has been read, and InvalidRequestError.
     """
-    _limit_body(request, settings.max_body_bytes)
+    _limit_body(request, limit)
     try:
         body = await request.body()
         return default if not body and default is not None else parse_json(body)

@@ -203,6 +203,23 @@ def _refuse_excess(body: dict[str, Any]) -> None:
                 raise InvalidRequestError(f"{param}: the messages hold more than {MAX_ELEMENTS} parts.", param=param)
 
 
+class CompletionUpdate(_Strict):
+    """What may be changed of a stored completion: its metadata, as a whole."""
+
+    metadata: dict[MetadataKey, MetadataValue] | None = Field(max_length=MAX_METADATA_PAIRS)
+
+
+def parse_completion_update(body: object) -> dict[str, str]:
+    """The new metadata; null removes it. Raises InvalidRequestError, naming the parameter."""
+    if not isinstance(body, dict):
+        raise InvalidRequestError("The request body must be a JSON object.")
+    _refuse_excess(body)
+    try:
+        return CompletionUpdate.model_validate(body).metadata or {}
+    except ValidationError as error:
+        raise _first_error(error) from None
+
+
 def submission(
     request: ChatRequest,
     body: dict[str, Any],

@@ -6,6 +6,7 @@
     ├── AuthenticationError      401
     ├── ForbiddenError           403   a web page, or another machine, without a key
     ├── NotFoundError            404
+    ├── NotFinishedError         409   the job has no whole answer yet; not retried by the SDKs
     ├── GoneError                410   the job is known, what it said is not stored any more
     ├── PayloadTooLargeError     413
     ├── OtherBodyError           422   an `Idempotency-Key` came with another body before
@@ -87,6 +88,15 @@ class NotFoundError(ApiError):
     code = "not_found"
 
 
+class NotFinishedError(ApiError):
+    status = 409
+    type = "invalid_request_error"
+    code = "not_finished"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"x-should-retry": "false"})  # the SDKs would, at once, three times
+
+
 class GoneError(ApiError):
     status = 410
     type = "invalid_request_error"
@@ -160,6 +170,7 @@ class JobFailedError(ApiError):
     """
 
     def __init__(self, marker: ErrorMarker) -> None:
+        self.marker = marker
         super().__init__(
             marker.message,
             code=marker.code,

@@ -60,7 +60,7 @@ async def queue(request: Request) -> Response:
 async def pause(request: Request) -> Response:
     """`POST /v1/queue/pause`."""
     operator = operator_of(request)
-    asked = validated(Pause, await read_json(request, services_of(request).settings, default={}))
+    asked = validated(Pause, await read_json(request, services_of(request).settings.max_body_bytes, default={}))
     await note(request, "queue.pause", "queue", for_s=asked.for_s)
     try:
         await operations_of(request).pause(operator, asked.for_s)

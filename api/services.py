@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from api.tail import Switchboard
 from shared.files import FileStore
+from shared.index import JobIndex
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.tasks import Errands
@@ -17,6 +18,7 @@ from shared.tasks import Errands
 class Services:
     settings: Settings
     store: JobStore
+    index: JobIndex
     files: FileStore
     switchboard: Switchboard
     errands: Errands

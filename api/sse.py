@@ -33,7 +33,7 @@ SSE_HEADERS = [
 
 
 # Endings that tell that the stream could not be read, not how the job ended.
-_CANNOT_BE_READ: Mapping[str, Callable[[ErrorMarker], ApiError]] = {
+CANNOT_BE_READ: Mapping[str, Callable[[ErrorMarker], ApiError]] = {
     ErrorCode.STREAM_EXPIRED: lambda marker: GoneError(marker.message, code=marker.code),
     ErrorCode.STREAM_INCOMPLETE: lambda marker: GoneError(marker.message, code=marker.code),
     ErrorCode.STREAM_UNREACHABLE: JobFailedError,
@@ -112,8 +112,8 @@ class StreamedAnswer(Response):
             frames += encoder.frames(entries)
             if encoder.number >= starting_after or not (entries or answer.has_ended()):
                 break
-        if isinstance(answer.ending, ErrorMarker) and answer.ending.code in _CANNOT_BE_READ:
-            raise _CANNOT_BE_READ[answer.ending.code](answer.ending)
+        if isinstance(answer.ending, ErrorMarker) and answer.ending.code in CANNOT_BE_READ:
+            raise CANNOT_BE_READ[answer.ending.code](answer.ending)
         if answer.has_ended():
             self._last_frames()
         if encoder.number < starting_after:

@@ -13,12 +13,13 @@ _WHAT = {JobKind.CHAT: "chat completion", JobKind.RESPONSE: "response"}
 MAX_NUMBER_DIGITS = 18
 
 
-async def find_job(request: Request, kind: JobKind | None = None) -> JobRecord:
-    """The job of `{id}` in the path. Raises NotFoundError, also for another tenant's, or QueueUnreachableError.
+async def find_job(request: Request, kind: JobKind | None = None, *, job_id: str | None = None) -> JobRecord:
+    """The job of `{id}` in the path, if no other id is given. Operators see every tenant's.
 
-    Operators see every tenant's.
+    Raises NotFoundError, also for another tenant's, or QueueUnreachableError.
     """
-    job_id: str = request.path_params["id"]
+    if job_id is None:
+        job_id = request.path_params["id"]
     try:
         record = await services_of(request).store.record(job_id)
     except FAILURES as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from base64 import urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from shared.entries import ErrorMarker, Usage
@@ -151,7 +153,20 @@ class Submission:
             fields["background"] = "1"
         if self.is_waited_for:
             fields["waiters"] = "1"
+        if self.metadata:
+            fields["pairs"] = pairs_of(self.metadata)
         return fields
+
+
+def pairs_of(metadata: Mapping[str, str]) -> str:
+    """What the index knows of a job's metadata: a short digest of each pair, whatever its length, apart by spaces."""
+    return " ".join(pair_digest(key, value) for key, value in metadata.items())
+
+
+def pair_digest(key: str, value: str) -> str:
+    """64 bits in 11 characters that need no escaping."""
+    digest = blake2b(json_bytes([key, value]), digest_size=8).digest()
+    return urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

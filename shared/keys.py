@@ -28,6 +28,12 @@ _PER_ID = {
     "worker_key": "%s:worker:%s",  # hash: who the worker is
     "worker_jobs_key": "%s:worker:%s:jobs",  # set: ids of the jobs whose attempt may still be executing there
     "worker_channel": "%s:worker:%s",  # pub/sub: orders to that worker
+    # The index: sorted sets of job ids by the instant of acceptance, and what takes the expired ones out of them.
+    "shelf_key": "%s:index:shelf:%s",  # sorted set: the jobs of a tenant that are alike, by the name of their shelf
+    "ended_key": "%s:index:ended:%s",  # list: the ended jobs of that shelf, the next to expire first
+    "session_jobs_key": "%s:index:session:%s",  # sorted set: the jobs of a session
+    "worker_jobs_ended_badly_key": "%s:index:worker:%s",  # sorted set: the jobs of a worker that have no whole answer
+    "pair_jobs_key": "%s:index:pair:%s",  # sorted set: the jobs with a pair of metadata, by `tenant:digest of the pair`
 }
 _SHARED = {
     "queue": "%s:queue",  # sorted set, arq's queue: ids of the jobs that may be claimed, by the instant since when
@@ -36,6 +42,7 @@ _SHARED = {
     "workers": "%s:workers",  # sorted set: ids of the workers, by the instant their lease ends
     "paused": "%s:paused",  # string: there while the queue is paused; who paused it
     "audit": "%s:audit",  # stream: what operators did
+    "shelves": "%s:index:shelves",  # set: the names of all shelves that hold a job
     "sweeper": "%s:sweeper",  # string: there for a moment after each sweep, so that processes do not all sweep at once
 }
 
@@ -73,6 +80,10 @@ class Keys:
     @property
     def sweeper(self) -> str:
         return _SHARED["sweeper"] % self.prefix
+
+    @property
+    def shelves(self) -> str:
+        return _SHARED["shelves"] % self.prefix
 
     def job(self, job_id: str) -> str:
         return _PER_ID["job_key"] % (self.prefix, job_id)
@@ -118,6 +129,21 @@ class Keys:
 
     def worker_channel(self, worker_id: str) -> str:
         return _PER_ID["worker_channel"] % (self.prefix, worker_id)
+
+    def shelf(self, name: str) -> str:
+        return _PER_ID["shelf_key"] % (self.prefix, name)
+
+    def ended(self, name: str) -> str:
+        return _PER_ID["ended_key"] % (self.prefix, name)
+
+    def session_jobs(self, session: str) -> str:
+        return _PER_ID["session_jobs_key"] % (self.prefix, session)
+
+    def worker_jobs_ended_badly(self, worker_id: str) -> str:
+        return _PER_ID["worker_jobs_ended_badly_key"] % (self.prefix, worker_id)
+
+    def pair_jobs(self, tenant: str, digest: str) -> str:
+        return _PER_ID["pair_jobs_key"] % (self.prefix, f"{tenant}:{digest}")
 
 
 def lua_names() -> str:

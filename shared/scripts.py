@@ -26,6 +26,9 @@ ScriptName = Literal[
     "put_file",
     "delete",
     "delete_file",
+    "describe",
+    "list_jobs",
+    "count_jobs",
 ]
 
 

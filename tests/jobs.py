@@ -37,7 +37,7 @@ def a_submission(job_id: str | None = None, *, session: str = "", **changes: Any
     return Submission(**(fields | changes))
 
 
-async def submitted(store: JobStore, job_id: str | None = None, *, session: str = "", **changes: Any) -> str:
+async def submitted(store: JobStore, /, job_id: str | None = None, *, session: str = "", **changes: Any) -> str:
     """The id of a job that was just accepted."""
     job = a_submission(job_id, session=session, **changes)
     assert (await store.submit(job)).is_new

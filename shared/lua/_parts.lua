@@ -54,6 +54,64 @@ local function promote_next_turn(turns, now)
   end
 end
 
+-- The index. Each job is on one shelf, with the jobs of its tenant that are like it; the record says on which. What may be
+-- asked of a job beyond that has a sorted set of its own. The score is the instant of acceptance, which never changes.
+local function shelf_of(tenant, kind, store, status, error_code, model)
+  return table.concat({tenant or '', kind or '', store or '0', status, error_code, model or ''}, ':')
+end
+
+-- Renews a key of the index before it is as near to its end as the job that is put there. True if it did.
+local function keep(key, ttl_ms)
+  if redis.call('PTTL', key) >= ttl_ms then return false end
+  redis.call('PEXPIRE', key, int(2 * ttl_ms))
+  return true
+end
+
+local function put_on_shelf(name, id, accepted_ms, ttl_ms)
+  redis.call('ZADD', shelf_key(name), accepted_ms, id)
+  if keep(shelf_key(name), ttl_ms) then
+    redis.call('PEXPIRE', ended_key(name), int(2 * ttl_ms))
+    redis.call('SADD', shelves, name)
+    keep(shelves, 2 * ttl_ms)
+  end
+end
+
+local function put_among(key, id, accepted_ms, ttl_ms)
+  redis.call('ZADD', key, accepted_ms, id)
+  keep(key, ttl_ms)
+end
+
+local function put_among_pairs(tenant, pairs_of_job, id, accepted_ms, ttl_ms)
+  for digest in string.gmatch(pairs_of_job or '', '%S+') do
+    put_among(pair_jobs_key(tenant .. ':' .. digest), id, accepted_ms, ttl_ms)
+  end
+end
+
+local function take_from_sets(id, tenant, session, worker, pairs_of_job)
+  if session ~= '' then redis.call('ZREM', session_jobs_key(session), id) end
+  if worker ~= '' then redis.call('ZREM', worker_jobs_ended_badly_key(worker), id) end
+  for digest in string.gmatch(pairs_of_job, '%S+') do redis.call('ZREM', pair_jobs_key(tenant .. ':' .. digest), id) end
+end
+
+-- What is needed to take an ended job out of the index when its record has expired.
+local function note_ended(name, id, worker, pairs_of_job, session)
+  redis.call('RPUSH', ended_key(name), table.concat({id, worker, pairs_of_job or '', session or ''}, '\n'))
+end
+
+local function error_code(payload)
+  if not payload then return '' end
+  return string.match(payload, '^{"code":"([%w_]+)"') or 'other'
+end
+
+-- The record of an unfinished job is gone, and nobody knows any more on which shelf it was.
+local function take_from_unfinished(id)
+  for _, name in ipairs(redis.call('SMEMBERS', shelves)) do
+    if string.find(name, ':queued::', 1, true) or string.find(name, ':running::', 1, true) then
+      redis.call('ZREM', shelf_key(name), id)
+    end
+  end
+end
+
 -- How long a job that has ended may keep its session, until its worker says that it has stopped.
 local RELEASE_MS = 15000
 
@@ -61,6 +119,7 @@ local RELEASE_MS = 15000
 local function release(id, now)
   redis.call('ZREM', deadlines, id)
   local job = redis.call('HMGET', job_key(id), 'worker', 'session')
+  if not job[2] then take_from_unfinished(id) end
   if job[1] and job[1] ~= '' then redis.call('SREM', worker_jobs_key(job[1]), id) end
   if job[2] and job[2] ~= '' then
     local turns = turns_key(job[2])
@@ -73,6 +132,15 @@ end
 -- Appends the marker and makes the job terminal. The append comes first: if Redis refuses it, nothing has changed.
 local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
   redis.call('XADD', stream_key(id), entry_id, kind, payload)
+  local tenant, of_kind, store, model, accepted_ms, was, worker, session, pairs_of_job = unpack(redis.call('HMGET',
+    job_key(id), 'tenant', 'kind', 'store', 'model', 'accepted_ms', 'status', 'worker', 'session', 'pairs'))
+  local code, ttl_ms = kind == 'error' and error_code(payload) or '', tonumber(retention_ms)
+  local shelf = shelf_of(tenant, of_kind, store, status, code, model)
+  if status == 'succeeded' then worker = '' end -- among what it did well, its jobs are looked for one by one
+  redis.call('ZREM', shelf_key(shelf_of(tenant, of_kind, store, was, '', model)), id)
+  note_ended(shelf, id, worker, pairs_of_job, session)
+  put_on_shelf(shelf, id, accepted_ms, ttl_ms)
+  if worker ~= '' then put_among(worker_jobs_ended_badly_key(worker), id, accepted_ms, ttl_ms) end
   redis.call('HSET', job_key(id), 'status', status, 'finished_ms', int(now))
   if kind == 'error' then redis.call('HSET', job_key(id), 'error', payload) end
   redis.call('ZREM', queue, id)

@@ -34,7 +34,7 @@ end
 local claimed = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMIT', 0, ARGV[3])) do
   local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened', 'accepted_ms', 'waiters', 'unheard_ms',
-                         'deadline_ms')
+                         'deadline_ms', 'tenant', 'kind', 'store', 'model')
   if job[1] ~= 'queued' or tonumber(job[7]) <= now then -- past its deadline it is the sweep's
     redis.call('ZREM', KEYS[1], id)
   elseif is_wanted(id, job) then
@@ -51,6 +51,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
     local deadline = int(now + tonumber(ARGV[4]))
     redis.call('HSET', job_key(id), 'status', 'running', 'attempt', attempt, 'opened', attempt, 'worker', worker,
                'started_ms', int(now), 'deadline_ms', deadline)
+    redis.call('ZREM', shelf_key(shelf_of(job[8], job[9], job[10], 'queued', '', job[11])), id)
+    put_on_shelf(shelf_of(job[8], job[9], job[10], 'running', '', job[11]), id, job[4], tonumber(ARGV[5]))
     redis.call('ZADD', deadlines, deadline, id)
     redis.call('SADD', worker_jobs_key(worker), id)
     redis.call('PEXPIRE', worker_jobs_key(worker), ARGV[5])

@@ -3,10 +3,14 @@
 -- ARGV: 1 prefix, 2 job id
 -- Returns 'done', or without any change: 'gone' | 'unfinished'.
 
-local id, status = ARGV[2], redis.call('HGET', KEYS[1], 'status')
+local id = ARGV[2]
+local status, tenant, kind, store, model, error, session, worker, pairs_of_job = unpack(redis.call('HMGET', KEYS[1],
+  'status', 'tenant', 'kind', 'store', 'model', 'error', 'session', 'worker', 'pairs'))
 if not status then return 'gone' end
 if not is_terminal(status) then return 'unfinished' end
 -- A worker that has not said yet that it stopped keeps its slot and its session until the sweep frees them.
 if redis.call('ZSCORE', deadlines, id) then return 'unfinished' end
 redis.call('UNLINK', KEYS[1], request_key(id), attachments_key(id), stream_key(id))
+redis.call('ZREM', shelf_key(shelf_of(tenant, kind, store, status, error_code(error), model)), id)
+take_from_sets(id, tenant, session, worker, pairs_of_job or '')
 return 'done'

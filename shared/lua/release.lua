@@ -7,7 +7,10 @@
 even_without_memory()
 local id, worker, attempt = ARGV[2], ARGV[3], ARGV[4]
 local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt')
-if not job[1] then redis.call('ZREM', deadlines, id) end -- the record has expired
+if not job[1] then -- the record has expired
+  redis.call('ZREM', deadlines, id)
+  take_from_unfinished(id)
+end
 if job[2] ~= worker then redis.call('SREM', worker_jobs_key(worker), id) end
 if job[2] ~= worker or job[3] ~= attempt then return 0 end
 

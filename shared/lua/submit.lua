@@ -40,6 +40,12 @@ redis.call('SET', arq_job_key(id), ARGV[4], 'PX', ttl_ms)
 redis.call('ZADD', deadlines, int(deadline), id)
 if once ~= '' then redis.call('SET', once_key(once), id .. ' ' .. ARGV[11], 'PX', ttl_ms) end
 
+local job, lasts_ms = {}, tonumber(ttl_ms)
+for i = 13, #ARGV, 2 do job[ARGV[i]] = ARGV[i + 1] end
+put_on_shelf(shelf_of(job.tenant, job.kind, job.store, 'queued', '', job.model), id, int(now), lasts_ms)
+if session ~= '' then put_among(session_jobs_key(session), id, int(now), lasts_ms) end
+put_among_pairs(job.tenant, job.pairs, id, int(now), lasts_ms)
+
 if session == '' then
   make_claimable(id, now)
 else

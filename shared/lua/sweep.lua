@@ -1,8 +1,10 @@
 -- Moves on what cannot move by itself: the jobs of lost workers, jobs past their deadline, and sessions that are held.
+-- Takes the jobs that have expired out of the index.
 -- KEYS[1] the deadlines
 -- ARGV: 1 prefix, 2 most deadlines to look at, 3 retention in ms, 4 queue timeout in ms, 5 most attempts of a job,
 --       then the payloads of the error markers: 6 worker_lost, 7 timeout, 8 queue_timeout, 9 no_worker,
---       10 how long ago the last sweep of any process has to be, in ms, or nothing is done; 0: sweep in any case
+--       10 how long ago the last sweep of any process has to be, in ms, or nothing is done; 0: sweep in any case,
+--       11 most expired jobs to take out of the index
 -- Returns a list of {job id, what happened}: 'retried' | 'worker_lost' | 'timeout' | 'queue_timeout' | 'no_worker'.
 
 even_without_memory()
@@ -13,7 +15,8 @@ if ARGV[10] ~= '0' and not redis.call('SET', sweeper, '1', 'NX', 'PX', ARGV[10])
 
 -- A lost worker's job: run it again if nothing was shown, otherwise end it, and fence the worker in both cases.
 local function recover(id, worker)
-  local job = redis.call('HMGET', job_key(id), 'status', 'worker', 'attempt')
+  local job = redis.call('HMGET', job_key(id), 'status', 'worker', 'attempt', 'tenant', 'kind', 'store', 'model',
+                         'accepted_ms')
   if job[1] == 'running' and job[2] == worker then
     local attempt = tonumber(job[3])
     local last = redis.call('XREVRANGE', stream_key(id), '+', '-', 'COUNT', 1)
@@ -24,6 +27,9 @@ local function recover(id, worker)
       redis.call('HSET', job_key(id), 'status', 'queued', 'attempt', opened, 'opened', opened, 'worker', '',
                  'deadline_ms', deadline)
       redis.call('PUBLISH', stream_channel(id), opened .. '-0 open ')
+      redis.call('ZREM', shelf_key(shelf_of(job[4], job[5], job[6], 'running', '', job[7])), id)
+      put_on_shelf(shelf_of(job[4], job[5], job[6], 'queued', '', job[7]), id, job[8],
+                   redis.call('PTTL', job_key(id)))
       redis.call('ZADD', deadlines, deadline, id)
       make_claimable(id, now)
       swept[#swept + 1] = {id, 'retried'}
@@ -85,5 +91,32 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
   else -- it has ended, and its worker has not said within RELEASE_MS that it stopped; or it has expired
     release(id, now)
   end
+end
+
+-- Takes the ended jobs whose record has expired out of the index. The next to expire is the first of its list.
+local function forget_expired(name, most)
+  local tenant, last = string.match(name, '^[^:]*'), 0 -- one is enough to see that nothing has expired
+  local ids = {}
+  repeat
+    local noted = redis.call('LRANGE', ended_key(name), #ids, last)
+    last = most - 1
+    for _, ended in ipairs(noted) do
+      local id, worker, pairs_of_job, session = string.match(ended, '^([^\n]*)\n([^\n]*)\n([^\n]*)\n(.*)$')
+      if redis.call('EXISTS', job_key(id)) == 1 then noted = {} break end
+      take_from_sets(id, tenant, session, worker, pairs_of_job)
+      ids[#ids + 1] = id
+    end
+  until #noted == 0 or #ids >= most
+  if #ids > 0 then
+    redis.call('ZREM', shelf_key(name), unpack(ids))
+    redis.call('LTRIM', ended_key(name), #ids, -1)
+  end
+  if redis.call('EXISTS', shelf_key(name), ended_key(name)) == 0 then redis.call('SREM', shelves, name) end
+  return #ids
+end
+
+local left = tonumber(ARGV[11])
+for _, name in ipairs(redis.call('SMEMBERS', shelves)) do
+  if left > 0 then left = left - forget_expired(name, left) end
 end
 return swept

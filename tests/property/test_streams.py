@@ -44,11 +44,13 @@ from shared.entries import (
     entry_to_message,
     merge,
 )
+from shared.index import JobFilter, JobIndex, Place
 from shared.jobs import JobRecord, Status
 from shared.settings import Settings
 from shared.store import Ending, JobStore
 from shared.text import text_bytes
 from tests.conftest import fake_client
+from tests.index import actual_index, expected_index
 from tests.jobs import Attempt, WorkerSteps, entries_of, running, submitted
 from worker.compactor import Compactor
 
@@ -291,6 +293,8 @@ def test_a_tail_gives_exactly_what_follows_its_cursor_whatever_pub_sub_brings(
 
 SESSIONS = ("", "", "api:a", "api:b")
 WORKERS = ("w1", "w2")
+TENANTS = ("default", "acme")
+metadata = st.dictionaries(st.sampled_from("kl"), st.sampled_from("vw"), max_size=2)
 
 
 class Queue(RuleBasedStateMachine):
@@ -350,15 +354,15 @@ class Queue(RuleBasedStateMachine):
         return multiple(*claimed)
 
     @precondition(lambda self: len(self.accepted) < 12)
-    @rule(session=st.sampled_from(SESSIONS))
-    def submit(self, session: str) -> None:
+    @rule(session=st.sampled_from(SESSIONS), tenant=st.sampled_from(TENANTS), metadata=metadata)
+    def submit(self, session: str, tenant: str, metadata: dict[str, str]) -> None:
         turns = sum(1 for other in self.accepted if session and self.session_of[other] == session)
         assume(turns < 5)
-        self.accept(session)
+        self.accept(session, tenant=tenant, metadata=metadata)
 
-    def accept(self, session: str) -> None:
+    def accept(self, session: str, **changes: Any) -> None:
         job_id = f"job-{len(self.accepted):02}"
-        self.run(submitted(self.store, job_id, session=session))
+        self.run(submitted(self.store, job_id, session=session, **changes))
         self.accepted.append(job_id)
         self.session_of[job_id] = session
 
@@ -424,6 +428,14 @@ class Queue(RuleBasedStateMachine):
         ending = self.run(self.store.cancel(job_id, "nobody wants it"))
         assert ending is (Ending.TERMINAL if job_id in self.ended else Ending.DONE)
 
+    @precondition(lambda self: self.accepted)
+    @rule(data=st.data(), metadata=metadata)
+    def describe(self, data: st.DataObject, metadata: dict[str, str]) -> None:
+        job_id = data.draw(st.sampled_from(self.accepted))
+        assert self.run(JobIndex(self.store).describe(job_id, metadata))
+        if job_id in self.ended:
+            self.ended[job_id] = self.record(job_id), self.ended[job_id][1]
+
     @rule(worker_id=st.sampled_from(WORKERS))
     def lose(self, worker_id: str) -> None:
         self.run(WorkerSteps(self.store, worker_id).lapse())
@@ -469,6 +481,14 @@ class Queue(RuleBasedStateMachine):
 
         busy = Counter(self.session_of[job] for job, record in records.items() if record.status is Status.RUNNING)
         assert all(count == 1 for session, count in busy.items() if session), "one turn of a session at a time"
+
+    @invariant()
+    def the_index_is_what_the_records_say(self) -> None:
+        records = [self.record(job_id) for job_id in self.accepted]
+        assert self.run(actual_index(self.store)) == expected_index(self.store.keys, records)
+        page = self.run(JobIndex(self.store).page(JobFilter(), limit=100, newest_first=False))
+        assert page.next is None
+        assert page.jobs == sorted(records, key=Place.of)
 
     @staticmethod
     def check_stream(entries: list[Entry]) -> None:

@@ -14,7 +14,7 @@ from shared.keys import Keys, lua_names
 
 IDS = ["chatcmpl-0123456789abcdef", "host-17-ab%s", "api:é 🙂", "%d%%"]
 
-SHARED = ("queue", "bell", "deadlines", "workers", "paused", "audit", "sweeper")
+SHARED = ("queue", "bell", "deadlines", "workers", "paused", "audit", "sweeper", "shelves")
 PER_ID = {
     "job_key": "job",
     "request_key": "request",
@@ -30,6 +30,10 @@ PER_ID = {
     "worker_key": "worker",
     "worker_jobs_key": "worker_jobs",
     "worker_channel": "worker_channel",
+    "shelf_key": "shelf",
+    "ended_key": "ended",
+    "session_jobs_key": "session_jobs",
+    "worker_jobs_ended_badly_key": "worker_jobs_ended_badly",
 }  # Lua's name of each: Python's
 
 
@@ -57,6 +61,11 @@ def test_lua_names_the_file_of_a_tenant_as_python_does() -> None:
     assert in_lua("file_key(ARGV[2] .. ':' .. ARGV[3])", "p", "acme", "file-1") == Keys("p").file("acme", "file-1")
 
 
+def test_lua_names_the_jobs_with_a_pair_of_metadata_as_python_does() -> None:
+    expected = Keys("p").pair_jobs("acme", "q83vEjRWeJA")
+    assert in_lua("pair_jobs_key(ARGV[2] .. ':' .. ARGV[3])", "p", "acme", "q83vEjRWeJA") == expected
+
+
 def test_lua_names_arqs_keys_as_arq_does() -> None:
     assert in_lua("arq_job_key(ARGV[2])", "p", "id") == f"{job_key_prefix}id"
     assert in_lua("arq_retry_key(ARGV[2])", "p", "id") == f"{retry_key_prefix}id"
@@ -64,7 +73,7 @@ def test_lua_names_arqs_keys_as_arq_does() -> None:
 
 def test_every_name_that_lua_knows_is_tested_here() -> None:
     known = re.findall(r"^local (?:function )?(\w+)", lua_names(), re.MULTILINE)
-    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "file_key", "arq_job_key", "arq_retry_key"])
+    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "file_key", "pair_jobs_key", "arq_job_key", "arq_retry_key"])
 
 
 def test_what_belongs_to_one_job_is_one_slot() -> None:
