@@ -6,7 +6,7 @@
     ├── AuthenticationError      401
     ├── ForbiddenError           403   a web page, or another machine, without a key
     ├── NotFoundError            404
-    ├── NotFinishedError         409   the job has no whole answer yet; not retried by the SDKs
+    ├── NotFinishedError         409   the job has not ended, or has no whole answer; not retried by the SDKs
     ├── GoneError                410   the job is known, what it said is not stored any more
     ├── PayloadTooLargeError     413
     ├── OtherBodyError           422   an `Idempotency-Key` came with another body before

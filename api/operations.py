@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from api.body import read_json, validated
-from api.errors import ForbiddenError, InvalidRequestError, NotFoundError, QueueUnreachableError
-from api.services import services_of
-from shared.connection import FAILURES, passes
+from api.errors import ForbiddenError, InvalidRequestError, NotFoundError
+from api.paging import limit_of
+from api.services import reached, services_of
 from shared.operations import AuditEntry, Operations, QueueState, WorkerState
 
 log = structlog.get_logger(__name__)
@@ -45,10 +45,7 @@ async def note(request: Request, action: str, target: str, **details: Any) -> No
     """Leaves an audit entry, before the action: what was done and not noted would be worse than the reverse."""
     operator = operator_of(request)
     log.info("operator_acted", operator=operator, action=action, target=target, **details)
-    try:
-        await operations_of(request).note(operator, action, target, details)
-    except FAILURES as error:
-        raise _unreachable(error) from error
+    await reached(lambda: operations_of(request).note(operator, action, target, details))
 
 
 async def queue(request: Request) -> Response:
@@ -62,30 +59,21 @@ async def pause(request: Request) -> Response:
     operator = operator_of(request)
     asked = validated(Pause, await read_json(request, services_of(request).settings.max_body_bytes, default={}))
     await note(request, "queue.pause", "queue", for_s=asked.for_s)
-    try:
-        await operations_of(request).pause(operator, asked.for_s)
-    except FAILURES as error:
-        raise _unreachable(error) from error
+    await reached(lambda: operations_of(request).pause(operator, asked.for_s))
     return JSONResponse(await _queue_object(request))
 
 
 async def resume(request: Request) -> Response:
     """`POST /v1/queue/resume`. A queue that is not paused stays as it is."""
     await note(request, "queue.resume", "queue")
-    try:
-        await operations_of(request).resume()
-    except FAILURES as error:
-        raise _unreachable(error) from error
+    await reached(lambda: operations_of(request).resume())
     return JSONResponse(await _queue_object(request))
 
 
 async def workers(request: Request) -> Response:
     """`GET /v1/workers`."""
     operator_of(request)
-    try:
-        states = await operations_of(request).workers()
-    except FAILURES as error:
-        raise _unreachable(error) from error
+    states = await reached(lambda: operations_of(request).workers())
     return JSONResponse({"object": "list", "data": [worker_object(state) for state in states]})
 
 
@@ -93,10 +81,7 @@ async def drain(request: Request) -> Response:
     """`POST /v1/workers/{id}/drain`: it finishes what it runs, and leaves. Whoever started it may start another."""
     worker_id: str = request.path_params["id"]
     await note(request, "worker.drain", worker_id)
-    try:
-        heard = await operations_of(request).drain(worker_id)
-    except FAILURES as error:
-        raise _unreachable(error) from error
+    heard = await reached(lambda: operations_of(request).drain(worker_id))
     if not heard:
         raise NotFoundError(f"No such worker: {worker_id[:100]!r}.")
     return JSONResponse({"id": worker_id, "object": "worker", "draining": True})
@@ -105,16 +90,11 @@ async def drain(request: Request) -> Response:
 async def audit(request: Request) -> Response:
     """`GET /v1/audit?limit&before`: the latest first."""
     operator_of(request)
-    limit, before = request.query_params.get("limit", "50"), request.query_params.get("before")
-    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= 100):
-        raise InvalidRequestError("limit must be a whole number from 1 to 100.", param="limit")
+    limit, before = limit_of(request), request.query_params.get("before")
     if before is not None and not _STREAM_ID.fullmatch(before):
         raise InvalidRequestError("before must be the id of an audit entry.", param="before")
-    try:
-        entries = await operations_of(request).trail(int(limit) + 1, before)
-    except FAILURES as error:
-        raise _unreachable(error) from error
-    page = entries[: int(limit)]
+    entries = await reached(lambda: operations_of(request).trail(limit + 1, before))
+    page = entries[:limit]
     return JSONResponse(
         {
             "object": "list",
@@ -127,14 +107,7 @@ async def audit(request: Request) -> Response:
 
 
 async def _queue_object(request: Request) -> dict[str, Any]:
-    try:
-        return queue_object(await operations_of(request).queue())
-    except FAILURES as error:
-        raise _unreachable(error) from error
-
-
-def _unreachable(error: Exception) -> Exception:
-    return QueueUnreachableError(may_have_started=False) if passes(error) else error
+    return queue_object(await reached(operations_of(request).queue))
 
 
 def queue_object(state: QueueState) -> dict[str, Any]:

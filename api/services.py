@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from starlette.requests import Request
 
+from api.errors import QueueUnreachableError
 from api.tail import Switchboard
+from shared.connection import FAILURES, passes
 from shared.files import FileStore
 from shared.index import JobIndex
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.tasks import Errands
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,3 +34,13 @@ class Services:
 def services_of(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
+
+
+async def reached(call: Callable[[], Awaitable[T]]) -> T:
+    """What Redis answers to a call that changes nothing twice. Raises QueueUnreachableError."""
+    try:
+        return await call()
+    except FAILURES as error:
+        if not passes(error):
+            raise
+        raise QueueUnreachableError(may_have_started=False) from error

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from starlette.requests import Request
 
-from api.errors import InvalidRequestError, NotFoundError, QueueUnreachableError
-from api.services import services_of
-from shared.connection import FAILURES, passes
+from api.errors import InvalidRequestError, NotFoundError
+from api.services import reached, services_of
 from shared.jobs import JobKind, JobRecord
 
 _WHAT = {JobKind.CHAT: "chat completion", JobKind.RESPONSE: "response"}
@@ -18,18 +17,12 @@ async def find_job(request: Request, kind: JobKind | None = None, *, job_id: str
 
     Raises NotFoundError, also for another tenant's, or QueueUnreachableError.
     """
-    if job_id is None:
-        job_id = request.path_params["id"]
-    try:
-        record = await services_of(request).store.record(job_id)
-    except FAILURES as error:
-        if not passes(error):
-            raise
-        raise QueueUnreachableError(may_have_started=False) from error
+    named: str = request.path_params["id"] if job_id is None else job_id
+    record = await reached(lambda: services_of(request).store.record(named))
     is_theirs = record is not None and (request.scope["operator"] or record.tenant == request.scope["tenant"])
     if record is None or not is_theirs or kind not in (None, record.kind):
         what = _WHAT[kind] if kind else "job"
-        raise NotFoundError(f"No such {what}: {job_id[:100]!r}. It may have expired.")
+        raise NotFoundError(f"No such {what}: {named[:100]!r}. It may have expired.")
     return record
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import update_wrapper
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
@@ -69,10 +69,11 @@ def talks_to_the_api(command: F) -> F:
     @click.option("--url", envvar="ENDMARK_URL", help="The API; by default that of this machine's settings.")
     @click.option("--key", envvar="ENDMARK_KEY", help="An API key or an admin key; by default this machine's first.")
     @click.option("--json", "as_json", is_flag=True, help="Print what the API says as JSON.")
+    @wraps(command)  # first, since it takes over the options that the command has already
     def wrapped(url: str | None, key: str | None, *args: Any, **options: Any) -> Any:
         return command(ApiClient.from_options(url, key), *args, **options)
 
-    return update_wrapper(wrapped, command)  # type: ignore[return-value]  # the same command with three options more
+    return wrapped  # type: ignore[return-value]  # the same command with three options more
 
 
 def filters(command: F) -> F:
@@ -88,13 +89,14 @@ def filters(command: F) -> F:
     @click.option("--metadata", type=Pair(), multiple=True, help="With this metadata; may be repeated.")
     @click.option("--since", type=Instant(), help="Accepted since: 90s, 10m, 1h, 2d ago, or a date.")
     @click.option("--until", type=Instant(), help="Accepted before: the same.")
+    @wraps(command)
     def wrapped(*args: Any, metadata: tuple[tuple[str, str], ...], **options: Any) -> Any:
         names = ("status", "kind", "model", "session", "tenant", "code", "worker", "since", "until")
         query = {name: value for name in names if (value := options.pop(name)) is not None}
         query |= {f"metadata[{key}]": value for key, value in metadata}
         return command(*args, query=query, **options)
 
-    return update_wrapper(wrapped, command)  # type: ignore[return-value]  # the same command with options more
+    return wrapped  # type: ignore[return-value]  # the same command with options more
 
 
 @click.group()

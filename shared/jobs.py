@@ -123,6 +123,7 @@ class Submission:
     patience_ms: int | None = None  # how long that client waits for the first byte of its answer; None: we do not know
     once: Once | None = None  # None: a request of its own
     echo: dict[str, Any] = field(default_factory=dict)  # what the answer repeats of the request, as its API wants it
+    retry_of: str = ""  # id of the job that this one asks for again; "" if none
 
     def request_bytes(self) -> bytes:
         """What the worker needs to run the job, as JSON."""
@@ -155,6 +156,8 @@ class Submission:
             fields["waiters"] = "1"
         if self.metadata:
             fields["pairs"] = pairs_of(self.metadata)
+        if self.retry_of:
+            fields["retry_of"] = self.retry_of
         return fields
 
 
@@ -167,6 +170,15 @@ def pair_digest(key: str, value: str) -> str:
     """64 bits in 11 characters that need no escaping."""
     digest = blake2b(json_bytes([key, value]), digest_size=8).digest()
     return urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+
+class LostAttempt(NamedTuple):
+    """An attempt that showed nothing before its worker was lost. Instants as in the record."""
+
+    attempt: int
+    worker: str
+    started_ms: int
+    lost_ms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +206,16 @@ class JobRecord:
     usage: Usage | None
     error: ErrorMarker | None
     metadata: dict[str, str]
+    promoted_ms: int | None  # when the turn before had ended; None: it waited for none
+    last_token_ms: int | None
+    tool_ms: int | None  # how long the agent's own tools ran, as far as it told; those at the same time count once each
+    lost: list[LostAttempt]  # attempts whose worker was lost, so that the job ran again
+    traceback: str  # of the agent's failure, for operators; "" if there is none
+    retry_of: str  # id of the job that this one asks for again; "" if none
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL
 
     @property
     def created_s(self) -> int:
@@ -233,4 +255,10 @@ class JobRecord:
             usage=Usage(**usage) if usage else None,
             error=ErrorMarker.parse(fields[b"error"]) if fields.get(b"error") else None,
             metadata=parse_json(fields[b"metadata"]) if fields.get(b"metadata") else {},
+            promoted_ms=number(b"promoted_ms"),
+            last_token_ms=number(b"last_token_ms"),
+            tool_ms=number(b"tool_ms"),
+            lost=[LostAttempt(**lost) for lost in parse_json(fields.get(b"lost") or b"[]")],
+            traceback=text(b"traceback"),
+            retry_of=text(b"retry_of"),
         )

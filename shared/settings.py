@@ -119,6 +119,9 @@ class Settings(BaseSettings):
         60, gt=0, description="How long a client may take nothing of its answer before its connection is closed."
     )
 
+    inspect_content: bool = Field(
+        True, description="Whether `/v1/jobs/{id}` and the dashboard show what was asked and answered."
+    )
     log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least severe line logged.")
 

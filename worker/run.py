@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from enum import Enum
+from traceback import format_exception
 from typing import Any, get_args
 
 import structlog
@@ -28,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
 ABANDON_S = 10.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
+TRACEBACK_CHARACTERS = 16_000  # of an agent's failure, for operators: the end of it, where the error is
 
 
 class Stop(Enum):
@@ -61,7 +63,11 @@ class StreamVoice:
         self._loop = asyncio.get_running_loop()
         self.last_said_at = self._loop.time()  # or, before the first word, since when we listen
         self.first_said_at: float | None = None
+        self.last_word_at: float | None = None
         self.said_text = False
+        self.tools_s = 0.0  # how long at least one of the agent's tools ran
+        self._running_tools = 0
+        self._tools_since = 0.0
 
     async def text(self, fragment: str) -> None:
         if fragment:
@@ -80,12 +86,24 @@ class StreamVoice:
     async def tool(
         self, name: str, status: ToolStatus, *, call_id: str | None = None, detail: str | None = None
     ) -> None:
+        self._count_tool(status)
         event = {"name": name, "status": status, "call_id": call_id, "detail": detail}
         await self._say(Kind.TOOL, json_bytes(event))
         await self._flushed()
 
+    def _count_tool(self, status: ToolStatus) -> None:
+        """Tools that run at the same time count once. An end without a beginning counts nothing."""
+        if status == "started":
+            if self._running_tools == 0:
+                self._tools_since = self._loop.time()
+            self._running_tools += 1
+        elif self._running_tools > 0:
+            self._running_tools -= 1
+            if self._running_tools == 0:
+                self.tools_s += self._loop.time() - self._tools_since
+
     async def _say(self, kind: Kind, payload: bytes) -> None:
-        self.last_said_at = self._loop.time()
+        self.last_said_at = self.last_word_at = self._loop.time()
         if self.first_said_at is None:
             self.first_said_at = self.last_said_at
         self._bytes_left -= len(payload)
@@ -224,7 +242,8 @@ class Run:
                 _STOP_MARKERS[self._stop], voice, started_at, agent_stopped=agent_task.done()
             )
         else:
-            ending = await self._finish_error(self._explain(agent_task), voice, started_at)
+            failure = None if agent_task.cancelled() else agent_task.exception()
+            ending = await self._finish_error(self._explain(failure), voice, started_at, failure=failure)
 
         loss = Loss.REFUSED if ending is Ending.INCOMPLETE else self._attempt.loss
         if loss in _LOSS_MARKERS:
@@ -264,9 +283,17 @@ class Run:
         return ending
 
     async def _finish_error(
-        self, error: ErrorMarker, voice: StreamVoice, started_at: float, *, agent_stopped: bool = True
+        self,
+        error: ErrorMarker,
+        voice: StreamVoice,
+        started_at: float,
+        *,
+        agent_stopped: bool = True,
+        failure: BaseException | None = None,
     ) -> Ending:
         fields = self._timing(voice, started_at)
+        if failure is not None:
+            fields["traceback"] = text_bytes("".join(format_exception(failure))[-TRACEBACK_CHARACTERS:])
         ending = await self._attempt.finish(
             Kind.ERROR, lambda _: error.payload(), Status.FAILED, fields, agent_stopped=agent_stopped
         )
@@ -278,20 +305,23 @@ class Run:
         self._log.info("job_ended", ending=ending.value, status=Status.FAILED.value, code=error.code)
 
     def _timing(self, voice: StreamVoice, started_at: float) -> dict[str, str | bytes | int]:
-        """When the first entry was said, on Redis's clock."""
-        if voice.first_said_at is None:
-            return {}
-        return {"first_token_ms": self._instant_ms(voice.first_said_at, started_at)}
+        """When the first and the last entry were said, on Redis's clock, and how long tools ran."""
+        fields: dict[str, str | bytes | int] = {}
+        if voice.first_said_at is not None and voice.last_word_at is not None:
+            fields["first_token_ms"] = self._instant_ms(voice.first_said_at, started_at)
+            fields["last_token_ms"] = self._instant_ms(voice.last_word_at, started_at)
+        if voice.tools_s:
+            fields["tool_ms"] = round(voice.tools_s * 1000)
+        return fields
 
     def _instant_ms(self, at: float, started_at: float) -> int:
         """An instant of the loop's clock on Redis's clock."""
         return self.claim.started_ms + round((at - started_at) * 1000)
 
-    def _explain(self, agent_task: asyncio.Task[Outcome]) -> ErrorMarker:
-        """What the client may know of an agent's failure. The whole story goes to the log."""
-        error = None if agent_task.cancelled() else agent_task.exception()
-        self._log.error("agent_failed", agent=self._agent.name, exc_info=error)
-        message = error.public_message if isinstance(error, AgentError) else "The agent failed."
+    def _explain(self, failure: BaseException | None) -> ErrorMarker:
+        """What the client may know of an agent's failure; None: it was cancelled. The whole story goes to the log."""
+        self._log.error("agent_failed", agent=self._agent.name, exc_info=failure)
+        message = failure.public_message if isinstance(failure, AgentError) else "The agent failed."
         return ErrorMarker(ErrorCode.AGENT_ERROR, message)
 
 

@@ -45,7 +45,9 @@ end
 local function promote_next_turn(turns, now)
   local id = redis.call('LINDEX', turns, 0)
   while id do
-    if redis.call('HGET', job_key(id), 'status') == 'queued' then
+    local job = redis.call('HMGET', job_key(id), 'status', 'accepted_ms')
+    if job[1] == 'queued' then
+      if job[2] ~= int(now) then redis.call('HSET', job_key(id), 'promoted_ms', int(now)) end
       make_claimable(id, now)
       return
     end

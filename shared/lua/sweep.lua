@@ -13,6 +13,14 @@ local swept = {}
 
 if ARGV[10] ~= '0' and not redis.call('SET', sweeper, '1', 'NX', 'PX', ARGV[10]) then return swept end
 
+-- For whoever looks at the job: an attempt that nobody has seen anything of.
+local function note_lost(id, attempt, worker, now)
+  local noted = redis.call('HMGET', job_key(id), 'lost', 'started_ms')
+  local lost = noted[1] and cjson.decode(noted[1]) or {}
+  lost[#lost + 1] = {attempt = attempt, worker = worker, started_ms = tonumber(noted[2]), lost_ms = now}
+  redis.call('HSET', job_key(id), 'lost', cjson.encode(lost))
+end
+
 -- A lost worker's job: run it again if nothing was shown, otherwise end it, and fence the worker in both cases.
 local function recover(id, worker)
   local job = redis.call('HMGET', job_key(id), 'status', 'worker', 'attempt', 'tenant', 'kind', 'store', 'model',
@@ -26,6 +34,7 @@ local function recover(id, worker)
       redis.call('XADD', stream_key(id), opened .. '-0', 'open', '')
       redis.call('HSET', job_key(id), 'status', 'queued', 'attempt', opened, 'opened', opened, 'worker', '',
                  'deadline_ms', deadline)
+      note_lost(id, attempt, worker, now)
       redis.call('PUBLISH', stream_channel(id), opened .. '-0 open ')
       redis.call('ZREM', shelf_key(shelf_of(job[4], job[5], job[6], 'running', '', job[7])), id)
       put_on_shelf(shelf_of(job[4], job[5], job[6], 'queued', '', job[7]), id, job[8],
