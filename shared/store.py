@@ -8,7 +8,7 @@ Errors:
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -48,6 +48,14 @@ class Held(NamedTuple):
 
     claim: Claim
     is_running: bool  # False: it has ended, and only has to be released
+
+
+class IdleDeadline(NamedTuple):
+    """When an agent that runs will have been silent for too long, unless it says something before."""
+
+    job_id: str
+    attempt: int
+    left_s: float  # until then; negative if it has passed
 
 
 class Ending(StrEnum):
@@ -212,10 +220,15 @@ class JobStore:
             self._retention_ms,
         )
 
-    def beat_args(self, worker_id: str, fields: Mapping[str, str | int]) -> tuple[list[str], list[str | bytes | int]]:
+    def beat_args(
+        self, worker_id: str, fields: Mapping[str, str | int], idle_deadlines: Iterable[IdleDeadline] = ()
+    ) -> tuple[list[str], list[str | bytes | int]]:
         """Keys and arguments of the `beat` script, which runs on the heartbeat's own connection."""
         lease_ms = round(self.settings.lease_s * 1000)
-        return [self.keys.workers], [self.keys.prefix, worker_id, lease_ms, *_flatten(fields)]
+        args = [self.keys.prefix, worker_id, lease_ms, 2 * len(fields), *_flatten(fields)]
+        for job_id, attempt, left_s in idle_deadlines:
+            args += [job_id, attempt, round(left_s * 1000)]
+        return [self.keys.workers], args
 
     async def retire(self, worker_id: str) -> None:
         """Takes a worker that runs nothing any more off the list."""

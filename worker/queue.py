@@ -28,7 +28,7 @@ from shared.files import FileStore
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
 from shared.settings import Settings
-from shared.store import Claim, JobStore
+from shared.store import Claim, IdleDeadline, JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
@@ -103,7 +103,9 @@ class QueueWorker(Worker):
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def main(self) -> None:
-        heartbeat = Heartbeat(self.store, self.worker_id, self._describe(), self._on_lease_lost)
+        heartbeat = Heartbeat(
+            self.store, self.worker_id, self._describe(), self._idle_deadlines, on_lease_lost=self._on_lease_lost
+        )
         await try_for(self.settings.redis_patience_s, heartbeat.start)
         self._services.push_async_callback(heartbeat.stop)
         await self._services.enter_async_context(self.publisher)  # closed before the lease may end
@@ -137,6 +139,14 @@ class QueueWorker(Worker):
 
     def _describe(self) -> dict[str, str | int]:
         return {"agent": self.agent.name, "max_jobs": self.max_jobs}
+
+    def _idle_deadlines(self) -> list[IdleDeadline]:
+        """Of the agents that run. Called in the heartbeat's thread."""
+        return [
+            IdleDeadline(run.claim.job_id, run.claim.attempt, left_s)
+            for run in self.runs.copy().values()  # in one step: the event loop changes it meanwhile
+            if (left_s := run.idle_left_s()) is not None
+        ]
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
