@@ -238,10 +238,16 @@ class JobStore:
 
     async def end(self, job_id: str, status: Status, error: ErrorMarker) -> Ending:
         """Ends a job whatever it is doing; its worker is told to stop. A job that has ended stays as it is."""
-        answer = await self._run(
-            "end", self.keys.job(job_id), job_id, status.value, error.payload(), self._retention_ms
-        )
-        if answer in (b"done", b"gone"):
+        return await self._end(job_id, status, error, "", "")
+
+    async def give_up(self, claim: Claim, worker_id: str, error: ErrorMarker) -> Ending:
+        """Ends a job because this attempt cannot go on. If another one has begun, or the job has ended, it stays."""
+        return await self._end(claim.job_id, Status.FAILED, error, worker_id, claim.attempt)
+
+    async def _end(self, job_id: str, status: Status, error: ErrorMarker, worker_id: str, attempt: int | str) -> Ending:
+        key, retention_ms = self.keys.job(job_id), self._retention_ms
+        answer = await self._run("end", key, job_id, status.value, error.payload(), retention_ms, worker_id, attempt)
+        if answer in (b"done", b"gone", b"fenced"):
             return Ending(answer.decode())
         return Ending.TERMINAL
 

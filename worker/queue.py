@@ -246,8 +246,9 @@ class QueueWorker(Worker):
         """arq gives the job up: expired, unreadable, aborted, tried too often, or of an unknown function."""
         log.error("job_undeliverable", job=job_id)
         error = ErrorMarker(ErrorCode.UNDELIVERABLE, "The request could not be delivered to a worker.")
-        await insist(lambda: self.store.end(job_id, Status.FAILED, error))
-        await insist(lambda: self.store.release(self.runs[job_id].claim, self.worker_id))
+        claim = self.runs[job_id].claim
+        await insist(lambda: self.store.give_up(claim, self.worker_id, error))
+        await insist(lambda: self.store.release(claim, self.worker_id))
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 

@@ -294,7 +294,7 @@ class Run:
         return ending
 
     async def _end_from_outside(self, error: ErrorMarker) -> None:
-        ending = await insist(lambda: self._store.end(self.claim.job_id, Status.FAILED, error))
+        ending = await insist(lambda: self._store.give_up(self.claim, self._worker_id, error))
         self._log.info("job_ended", ending=ending.value, status=Status.FAILED.value, code=error.code)
 
     def _timing(self, voice: StreamVoice, started_at: float) -> dict[str, str | bytes | int]:
