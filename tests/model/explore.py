@@ -36,7 +36,10 @@ class ViolationError(AssertionError):
 
 def explore(size: Size, url: str, mutations: Mapping[str, tuple[str, str]] | None = None) -> Explored:
     """Raises ViolationError."""
-    server = ModelServer(url, mutations or {}, partial(rules.check, max_attempts=size.max_attempts))
+    limits = rules.Limits(
+        max_attempts=size.max_attempts, may_have_holes=any(size.refusals) and any(batch > 1 for batch in size.batches)
+    )
+    server = ModelServer(url, mutations or {}, partial(rules.check, limits=limits))
     try:
         return _Exploration(Processes(size, server), server).run()
     finally:
