@@ -134,7 +134,7 @@ def test_a_worker_frozen_in_mid_answer_adds_nothing_to_it_later(own_service: Sta
     with service.client() as client:
         stream = client.chat.completions.create(
             model="endmark",
-            messages=script(say=["tick"] * 10_000, every_s=0.02, leaves="never", log=str(log)),
+            messages=script(say=["tick"] * 10_000, every_s=0.2, leaves="never", log=str(log)),
             stream=True,
             extra_body={"session_id": "s"},
         )
@@ -177,7 +177,7 @@ def test_an_agent_that_blocks_its_worker_and_falls_silent_is_a_timeout(own_servi
     """Its worker cannot notice it, and is not stuck for long enough to be lost: the sweep does it."""
     service = own_service(lease_s=1, idle_timeout_s=1, stuck_after_s=60)
     log, gate = tmp_path / "log", tmp_path / "gate"
-    steps = script(blocks_until=str(gate), say=["late"] * 10_000, every_s=0.02, log=str(log))
+    steps = script(blocks_until=str(gate), say=["late"] * 10_000, every_s=0.5, log=str(log))
     text, error = stream_until_error(service, steps)
     assert (text, error.code) == ("", "timeout")
     assert noted(log, "cancelled") == 0, "it is still blocked"
