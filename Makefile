@@ -7,7 +7,7 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(OWN_UV))
 export UV_PROJECT_ENVIRONMENT := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos check lint format clean
+.PHONY: help run test chaos model check lint format clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ test: $(VENV)/.dev ## every test; options: make test ARGS="-k supervisor"
 chaos: export CHAOS_SECONDS := $(or $(CHAOS_SECONDS),300)
 chaos: $(VENV)/.dev ## kill and cut processes for CHAOS_SECONDS (300), with CHAOS_SEED or a new one
 	$(BIN)/pytest tests/chaos/test_chaos.py -s $(ARGS)
+
+model: export MODEL_SIZE := large
+model: $(VENV)/.dev ## every order of steps of a small deployment, at larger sizes than the tests
+	$(BIN)/pytest tests/model -s $(ARGS)
 
 check: lint ## everything but the tests: style, types, import rules
 	$(BIN)/mypy

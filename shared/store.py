@@ -9,7 +9,7 @@ Errors:
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -70,6 +70,14 @@ class Held(NamedTuple):
     claim: Claim
     is_running: bool  # False: it has ended, and only has to be released
     nothing_shown: bool  # False: something of this attempt is in the stream, so that it must not execute again
+
+
+class IdleDeadline(NamedTuple):
+    """When an agent that runs will have been silent for too long, unless it says something before."""
+
+    job_id: str
+    attempt: int
+    left_s: float  # until then; negative if it has passed
 
 
 class Ending(StrEnum):
@@ -285,10 +293,15 @@ class JobStore:
             self._retention_ms,
         )
 
-    def beat_args(self, worker_id: str, fields: Mapping[str, str | int]) -> tuple[list[str], list[str | bytes | int]]:
+    def beat_args(
+        self, worker_id: str, fields: Mapping[str, str | int], idle_deadlines: Iterable[IdleDeadline] = ()
+    ) -> tuple[list[str], list[str | bytes | int]]:
         """Keys and arguments of the `beat` script, which runs on the heartbeat's own connection."""
         lease_ms = round(self.settings.lease_s * 1000)
-        return [self.keys.workers], [self.keys.prefix, worker_id, lease_ms, *_flatten(fields)]
+        args = [self.keys.prefix, worker_id, lease_ms, 2 * len(fields), *_flatten(fields)]
+        for job_id, attempt, left_s in idle_deadlines:
+            args += [job_id, attempt, round(left_s * 1000)]
+        return [self.keys.workers], args
 
     async def tell_draining(self, worker_id: str) -> None:
         """For whoever looks at the workers; nothing depends on it."""
@@ -326,10 +339,16 @@ class JobStore:
 
     async def end(self, job_id: str, status: Status, error: ErrorMarker) -> Ending:
         """Ends a job whatever it is doing; its worker is told to stop. A job that has ended stays as it is."""
-        answer = await self._run(
-            "end", self.keys.job(job_id), job_id, status.value, error.payload(), self._retention_ms
-        )
-        if answer in (b"done", b"gone"):
+        return await self._end(job_id, status, error, "", "")
+
+    async def give_up(self, claim: Claim, worker_id: str, error: ErrorMarker) -> Ending:
+        """Ends a job because this attempt cannot go on. If another one has begun, or the job has ended, it stays."""
+        return await self._end(claim.job_id, Status.FAILED, error, worker_id, claim.attempt)
+
+    async def _end(self, job_id: str, status: Status, error: ErrorMarker, worker_id: str, attempt: int | str) -> Ending:
+        key, retention_ms = self.keys.job(job_id), self._retention_ms
+        answer = await self._run("end", key, job_id, status.value, error.payload(), retention_ms, worker_id, attempt)
+        if answer in (b"done", b"gone", b"fenced"):
             return Ending(answer.decode())
         return Ending.TERMINAL
 

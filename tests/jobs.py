@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from shared.entries import (
     entry_to_message,
 )
 from shared.jobs import JobRecord, Status, Submission, new_job_id
-from shared.store import Claim, Ending, JobStore
+from shared.store import Claim, Ending, IdleDeadline, JobStore
 
 
 def a_submission(job_id: str | None = None, *, session: str = "", **changes: Any) -> Submission:
@@ -116,9 +116,10 @@ class WorkerSteps:
         self.store = store
         self.id = worker_id or f"worker-{secrets.token_hex(4)}"
 
-    async def beat(self) -> int:
+    async def beat(self, idle_deadlines: Iterable[IdleDeadline] = ()) -> int:
         """1 if it kept its lease, 0 if it had none."""
-        kept: int = await self.store.script("beat")(*self.store.beat_args(self.id, {"agent": "none"}))
+        args = self.store.beat_args(self.id, {"agent": "none"}, idle_deadlines)
+        kept: int = await self.store.script("beat")(*args)
         return kept
 
     async def claim(self, slots: int = 1) -> list[Attempt]:

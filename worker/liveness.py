@@ -5,7 +5,9 @@ jobs.
 
 Rule 1: a worker whose subscription is lost beats at once. Presence alone never tells a living worker from a dead one.
 Rule 2: a worker whose event loop has been stuck for `stuck_after_s` beats no more. Others go on with its jobs.
-Rule 3: whenever the lease may have been lost, the event loop is told, to look for runs that are not its own any more.
+Rule 3: a beat tells when each agent that runs will have been silent for too long: the sweep ends its job if this worker
+        does not. What was told is told again when it has passed, and not before.
+Rule 4: whenever the lease may have been lost, the event loop is told, to look for runs that are not its own any more.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import structlog
@@ -21,7 +23,7 @@ import structlog
 from shared import scripts
 from shared.connection import FAILURES, connect_blocking
 from shared.sentinel import Address, look_for_primary
-from shared.store import JobStore
+from shared.store import IdleDeadline, JobStore
 
 log = structlog.get_logger(__name__)
 
@@ -101,14 +103,26 @@ def _heard(pubsub: Any, kind: bytes, deadline: float, stopping: threading.Event)
 
 
 class Heartbeat:
-    """The heartbeat of one worker. `on_lease_lost` is called in the event loop's thread."""
+    """The heartbeat of one worker.
+
+    `idle_deadlines` is called in its thread, `on_lease_lost` in that of the event loop.
+    """
 
     def __init__(
-        self, store: JobStore, worker_id: str, description: Mapping[str, str | int], on_lease_lost: Callable[[], None]
+        self,
+        store: JobStore,
+        worker_id: str,
+        description: Mapping[str, str | int],
+        idle_deadlines: Callable[[], Iterable[IdleDeadline]],
+        *,
+        on_lease_lost: Callable[[], None],
     ) -> None:
+        self._store = store
         self._settings = store.settings
         self._worker_id = worker_id
-        self._beat_args = store.beat_args(worker_id, description)
+        self._description = description
+        self._idle_deadlines = idle_deadlines
+        self._told: dict[tuple[str, int], float] = {}  # time.monotonic() of the idle deadlines that Redis knows
         self._on_lease_lost = on_lease_lost
         self._loop = asyncio.get_running_loop()
         self._loop_watch = LoopWatch(self._loop)
@@ -150,6 +164,8 @@ class Heartbeat:
                 is_present = False
             if is_present:
                 retry_s = FIRST_RETRY_S
+            else:
+                self._told.clear()  # Redis may have been restarted, and have lost what it was told last
         self._presence.end()
 
     def _follow_primary(self) -> None:
@@ -182,5 +198,10 @@ class Heartbeat:
 
     def _beat_once(self) -> bool:
         """Renews the lease; False if there was none to renew."""
-        keys, args = self._beat_args
-        return bool(self._beat(keys, args))
+        now = time.monotonic()
+        told = {attempt: deadline for attempt, deadline in self._told.items() if deadline > now}
+        new = [idle for idle in self._idle_deadlines() if (idle.job_id, idle.attempt) not in told]
+        self._told = {}  # if the answer gets lost, nobody knows
+        kept = bool(self._beat(*self._store.beat_args(self._worker_id, self._description, new)))
+        self._told = told | {(idle.job_id, idle.attempt): now + idle.left_s for idle in new}
+        return kept

@@ -240,7 +240,8 @@ class Publisher:
     async def _flush(self, attempts: list[AttemptLog], *, asked: bool) -> list[AttemptLog]:
         """Sends all that these attempts have to say; returns those that must be sent again.
 
-        `asked`: what has landed was asked for just before, so an entry that is refused is not there already.
+        `asked`: what has landed was asked for just before. An entry that is refused all the same, and not because there
+        is a later one by now, never will be stored.
         """
         sent: list[tuple[AttemptLog, list[Entry], _Finish | None]] = []
         async with self._store.redis.pipeline(transaction=False) as pipe:
@@ -271,7 +272,7 @@ class Publisher:
             replies = [(next(answers), next(answers))[0] for _ in entries]
             ending = next(answers) if finish is not None else None
             refused = next((r for r in replies if isinstance(r, Exception)), None)
-            if refused is not None and (passes(refused) or not asked):
+            if refused is not None and (passes(refused) or not asked or _came_too_late(refused)):
                 again.append(attempt)
             elif refused is not None:
                 log.error("entry_refused", job=attempt.claim.job_id, reason=str(refused))
@@ -324,3 +325,9 @@ class Publisher:
                 if finish is not None and last == finish.marker.id:
                     attempt.ended(Ending.DONE)
             await pipe.execute()
+
+
+def _came_too_late(refused: Exception) -> bool:
+    """Whether Redis has that entry or a later one. It got there after it was asked for: a command from before a cut
+    connection has arrived only now, or recovery has opened the next attempt. To ask once more tells which."""
+    return "equal or smaller" in str(refused)

@@ -31,7 +31,7 @@ from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
 from shared.sentinel import follow_primary
 from shared.settings import Settings
-from shared.store import Claim, JobStore
+from shared.store import Claim, IdleDeadline, JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
@@ -108,7 +108,9 @@ class QueueWorker(Worker):
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def main(self) -> None:
-        heartbeat = Heartbeat(self.store, self.worker_id, self._describe(), self._on_lease_lost)
+        heartbeat = Heartbeat(
+            self.store, self.worker_id, self._describe(), self._idle_deadlines, on_lease_lost=self._on_lease_lost
+        )
         await try_for(self.settings.redis_patience_s, heartbeat.start)
         self._services.push_async_callback(heartbeat.stop)
         await self._services.enter_async_context(self.publisher)  # closed before the lease may end
@@ -157,6 +159,14 @@ class QueueWorker(Worker):
             "version": version("endmark"),
             "started_ms": time.time_ns() // 1_000_000,
         }
+
+    def _idle_deadlines(self) -> list[IdleDeadline]:
+        """Of the agents that run. Called in the heartbeat's thread."""
+        return [
+            IdleDeadline(run.claim.job_id, run.claim.attempt, left_s)
+            for run in self.runs.copy().values()  # in one step: the event loop changes it meanwhile
+            if (left_s := run.idle_left_s()) is not None
+        ]
 
     # -- claiming ------------------------------------------------------------------------------------------------------
 
@@ -257,8 +267,9 @@ class QueueWorker(Worker):
         """arq gives the job up: expired, unreadable, aborted, tried too often, or of an unknown function."""
         log.error("job_undeliverable", job=job_id)
         error = ErrorMarker(ErrorCode.UNDELIVERABLE, "The request could not be delivered to a worker.")
-        await insist(lambda: self.store.end(job_id, Status.FAILED, error))
-        await insist(lambda: self.store.release(self.runs[job_id].claim, self.worker_id))
+        claim = self.runs[job_id].claim
+        await insist(lambda: self.store.give_up(claim, self.worker_id, error))
+        await insist(lambda: self.store.release(claim, self.worker_id))
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 

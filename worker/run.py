@@ -8,6 +8,7 @@ Rule 3: an agent that is not wanted any more is cancelled, gets a moment to clea
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from enum import Enum
 from traceback import format_exception
@@ -60,10 +61,11 @@ class StreamVoice:
     def __init__(self, attempt: AttemptLog, *, max_bytes: int) -> None:
         self._attempt = attempt
         self._bytes_left = max_bytes
-        self._loop = asyncio.get_running_loop()
-        self.last_said_at = self._loop.time()  # or, before the first word, since when we listen
+        # time.monotonic(): an event loop may have a clock that stands while the loop does not turn.
+        self.last_said_at = time.monotonic()  # or, before the first word, since when we listen
         self.first_said_at: float | None = None
         self.last_word_at: float | None = None
+        self._waiting_for_redis = 0
         self.said_text = False
         self.tools_s = 0.0  # how long at least one of the agent's tools ran
         self._running_tools = 0
@@ -95,15 +97,15 @@ class StreamVoice:
         """Tools that run at the same time count once. An end without a beginning counts nothing."""
         if status == "started":
             if self._running_tools == 0:
-                self._tools_since = self._loop.time()
+                self._tools_since = time.monotonic()
             self._running_tools += 1
         elif self._running_tools > 0:
             self._running_tools -= 1
             if self._running_tools == 0:
-                self.tools_s += self._loop.time() - self._tools_since
+                self.tools_s += time.monotonic() - self._tools_since
 
     async def _say(self, kind: Kind, payload: bytes) -> None:
-        self.last_said_at = self.last_word_at = self._loop.time()
+        self.last_said_at = self.last_word_at = time.monotonic()
         if self.first_said_at is None:
             self.first_said_at = self.last_said_at
         self._bytes_left -= len(payload)
@@ -115,8 +117,16 @@ class StreamVoice:
 
     async def _flushed(self) -> None:
         """Waits for Redis; that wait is not the agent's silence."""
-        await self._attempt.flushed()
-        self.last_said_at = self._loop.time()
+        self._waiting_for_redis += 1
+        try:
+            await self._attempt.flushed()
+        finally:
+            self.last_said_at = time.monotonic()
+            self._waiting_for_redis -= 1
+
+    def silent_for_s(self) -> float:
+        """How long the agent has said nothing; 0 while it waits for Redis. Any thread may ask."""
+        return 0 if self._waiting_for_redis else time.monotonic() - self.last_said_at
 
 
 class Run:
@@ -139,6 +149,8 @@ class Run:
         self._settings = store.settings
         self._stop: Stop | None = None
         self._begun = False
+        self._voice: StreamVoice | None = None
+        self._agent_task: asyncio.Task[Outcome] | None = None
         self._stopped = asyncio.Event()
         self._attempt = publisher.open(claim, self._on_lost)
         self._log = log.bind(job=claim.job_id, attempt=claim.attempt)
@@ -146,6 +158,16 @@ class Run:
     def has_begun(self) -> bool:
         """Whether arq has delivered the job."""
         return self._begun
+
+    def idle_left_s(self) -> float | None:
+        """How long the agent may go on saying nothing, and then clean up; None if none runs. Any thread may ask.
+
+        An agent that has ended is not silent: what its job waits for now is Redis, or the event loop.
+        """
+        if self._voice is None or self._agent_task is None:
+            return None
+        silent_s = 0 if self._agent_task.done() else self._voice.silent_for_s()
+        return self._settings.idle_timeout_s + CLEAN_UP_S - silent_s
 
     def stop(self, reason: Stop) -> None:
         """Ends the run; the first reason counts. A job that ended outside is left as it is."""
@@ -165,9 +187,10 @@ class Run:
         """Returns when the job has its marker and the agent has stopped. Cancelled: the worker is going down now."""
         self._begun = True
         self._log.info("job_started", agent=self._agent.name)
-        voice = StreamVoice(self._attempt, max_bytes=self._settings.max_answer_bytes)
+        voice = self._voice = StreamVoice(self._attempt, max_bytes=self._settings.max_answer_bytes)
         started_at = voice.last_said_at
         agent_task = asyncio.create_task(self._run_agent(voice), name=f"agent {self.claim.job_id}")
+        self._agent_task = agent_task
         try:
             await self._until_done_or_stopped(agent_task, voice)
         except asyncio.CancelledError:
@@ -207,20 +230,19 @@ class Run:
 
     async def _until_done_or_stopped(self, agent_task: asyncio.Task[Outcome], voice: StreamVoice) -> None:
         """Waits for the agent, a stop, or a deadline, and turns a missed deadline into a stop."""
-        loop = asyncio.get_running_loop()
-        run_deadline = loop.time() + self._settings.run_timeout_s
+        run_deadline = time.monotonic() + self._settings.run_timeout_s
         stopped = asyncio.create_task(self._stopped.wait())
         try:
             while not agent_task.done() and not stopped.done():
-                idle_deadline = voice.last_said_at + self._settings.idle_timeout_s
-                now = loop.time()
-                if now >= run_deadline:
+                run_left_s = run_deadline - time.monotonic()
+                idle_left_s = self._settings.idle_timeout_s - voice.silent_for_s()
+                if run_left_s <= 0:
                     self.stop(Stop.TIMEOUT)
-                elif now >= idle_deadline:
+                elif idle_left_s <= 0:
                     self.stop(Stop.IDLE)
                 await asyncio.wait(
                     {agent_task, stopped},
-                    timeout=max(0, min(run_deadline, idle_deadline) - now),
+                    timeout=max(0, min(run_left_s, idle_left_s)),
                     return_when=asyncio.FIRST_COMPLETED,
                 )
         finally:
@@ -270,7 +292,7 @@ class Run:
         cost = outcome.usage
         usage = None if cost is None else Usage(cost.prompt_tokens, cost.completion_tokens)
 
-        finished_ms = self._instant_ms(asyncio.get_running_loop().time(), started_at)
+        finished_ms = self._instant_ms(time.monotonic(), started_at)
 
         def marker(tally: Tally) -> bytes:
             return OkMarker(tally.count, tally.digest, outcome.finish_reason, usage, finished_ms).payload()
@@ -301,7 +323,7 @@ class Run:
         return ending
 
     async def _end_from_outside(self, error: ErrorMarker) -> None:
-        ending = await insist(lambda: self._store.end(self.claim.job_id, Status.FAILED, error))
+        ending = await insist(lambda: self._store.give_up(self.claim, self._worker_id, error))
         self._log.info("job_ended", ending=ending.value, status=Status.FAILED.value, code=error.code)
 
     def _timing(self, voice: StreamVoice, started_at: float) -> dict[str, str | bytes | int]:

@@ -467,6 +467,27 @@ async def test_an_ok_is_refused_if_the_stream_does_not_hold_the_whole_answer(sto
     assert await status_of(store, attempt.job_id) is Status.FAILED
 
 
+async def test_a_worker_gives_up_only_its_own_attempt(store: JobStore) -> None:
+    """It may have been taken for lost since it found out that it cannot go on."""
+    attempt = await running(store)
+    error = ErrorMarker(ErrorCode.STREAM_INCOMPLETE, "lost")
+    before = await everything(store)
+    assert await store.give_up(attempt.claim, "another-worker", error) is Ending.FENCED
+    assert await everything(store) == before
+
+    await WorkerSteps(store, attempt.worker_id).lapse()
+    await store.sweep()
+    for claims_again in (False, True):
+        if claims_again:  # the same worker, with the next attempt
+            next_attempt = await (await a_worker(store, attempt.worker_id)).claim_one()
+        before = await everything(store)
+        assert await store.give_up(attempt.claim, attempt.worker_id, error) is Ending.FENCED
+        assert await everything(store) == before
+    assert await store.give_up(next_attempt.claim, attempt.worker_id, error) is Ending.DONE
+    assert await store.give_up(next_attempt.claim, attempt.worker_id, error) is Ending.TERMINAL
+    assert await status_of(store, attempt.job_id) is Status.FAILED
+
+
 async def test_an_error_leaves_no_hole_before_it(store: JobStore) -> None:
     """Memory may come free between a refused entry and the marker behind it, in one pipeline."""
     attempt = await running(store)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from shared.entries import MAX_ENTRY_BYTES, ErrorMarker, Kind, OkMarker, Tally
+from shared.entries import MAX_ENTRY_BYTES, Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
 from tests.conftest import Backend, MakeStore
-from tests.jobs import WorkerSteps, a_worker, entries_of, record_of, status_of, submitted
+from tests.jobs import Attempt, WorkerSteps, a_worker, entries_of, record_of, status_of, submitted
 from tests.waiting import async_wait_until
 from worker.publisher import HIGH_WATER_BYTES, AttemptLog, AttemptLostError, Loss, Publisher
 
@@ -25,11 +25,12 @@ class Pipelines:
     """Counts the pipelines of a client, and breaks those that `plan` says.
 
     "before": the connection breaks before anything is sent. "after": when Redis has executed everything, before it has
-    answered. A number: when Redis has executed so many commands.
+    answered. A number: when Redis has executed so many commands. A coroutine function is not a break: it is awaited
+    just before the pipeline is sent.
     """
 
     def __init__(self, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.plan: list[str | int] = []
+        self.plan: list[str | int | Callable[[], Awaitable[object]] | None] = []
         self.sent: list[list[str]] = []  # the names of the commands of each pipeline
         original = redis.pipeline
 
@@ -44,6 +45,9 @@ class Pipelines:
         async def breaking(**options: Any) -> Any:
             self.sent.append([str(command[0][0]) for command in pipe.command_stack])
             how = self.plan.pop(0) if self.plan else None
+            if callable(how):
+                await how()
+                how = None
             if how == "before":
                 raise RedisConnectionError("broken before anything was sent")
             if isinstance(how, int):
@@ -484,6 +488,38 @@ async def test_an_attempt_that_was_lost_while_the_connection_was_broken_learns_i
         await spoken.log.flushed()
     lost = (Loss.FENCED, Ending.FENCED) if meanwhile == "cancelled" else (Loss.EXPIRED, Ending.GONE)
     await assert_lost(spoken, *lost)
+
+
+# What may happen between the question what has landed, two pipelines, and the next flush.
+
+
+async def test_an_attempt_that_is_recovered_after_it_has_asked_what_landed_is_fenced(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines
+) -> None:
+    async def recover() -> None:
+        await WorkerSteps(store, WORKER).lapse()
+        assert dict(await store.sweep()) == {spoken.job_id: "retried"}
+
+    pipelines.plan = ["before", None, None, recover]
+    spoken.say(b"late")
+    assert await spoken.finish_ok() is Ending.FENCED
+    assert spoken.losses == [Loss.FENCED], "not refused: then its worker would end a job that others go on with"
+    assert await said_in(store, spoken.job_id) == []
+
+
+async def test_an_entry_that_arrives_after_it_was_asked_for_is_no_loss(
+    store: JobStore, spoken: Spoken, pipelines: Pipelines
+) -> None:
+    """A proxy, or a busy Redis, may still hold commands of a connection that its client has given up."""
+
+    async def arrive() -> None:
+        entry = Entry(EntryId(1, 1), Kind.DELTA, b"once")
+        await Attempt(store, WORKER, spoken.log.claim).append(entry)
+
+    pipelines.plan = ["before", None, None, arrive]
+    spoken.say(b"once")
+    assert await spoken.finish_ok() is Ending.DONE
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"once")]
 
 
 @pytest.mark.parametrize("backend", ["valkey"], indirect=True)

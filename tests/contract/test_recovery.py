@@ -136,7 +136,7 @@ def test_a_worker_frozen_in_mid_answer_adds_nothing_to_it_later(own_service: Sta
     with service.client() as client:
         stream = client.chat.completions.create(
             model="endmark",
-            messages=script(say=["tick"] * 10_000, every_s=0.02, leaves="never", log=str(log)),
+            messages=script(say=["tick"] * 10_000, every_s=0.2, leaves="never", log=str(log)),
             stream=True,
             extra_body={"session_id": "s"},
         )
@@ -173,6 +173,34 @@ def test_a_worker_whose_event_loop_is_stuck_is_given_up(own_service: Start, tmp_
     service.workers[0].wait_for_output("lease_lost")
     assert state_of(service, job_id, "default") == before
     service.wait_until_idle()
+
+
+def test_an_agent_that_blocks_its_worker_and_falls_silent_is_a_timeout(own_service: Start, tmp_path: Path) -> None:
+    """Its worker cannot notice it, and is not stuck for long enough to be lost: the sweep does it."""
+    service = own_service(lease_s=1, idle_timeout_s=1, stuck_after_s=60)
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    steps = script(blocks_until=str(gate), say=["late"] * 10_000, every_s=0.5, log=str(log))
+    text, error = stream_until_error(service, steps)
+    assert (text, error.code) == ("", "timeout")
+    assert noted(log, "cancelled") == 0, "it is still blocked"
+    job_id = json.loads(log.read_text().splitlines()[0])["job"]
+    before = state_of(service, job_id, "default")
+
+    gate.touch()
+    wait_until(lambda: noted(log, "cancelled") == 1, timeout=15, description="the run to be cancelled")
+    service.wait_until_idle()
+    assert state_of(service, job_id, "default") == before
+    assert "lease_lost" not in service.workers[0].output
+
+
+def test_an_agent_that_goes_on_speaking_is_no_timeout(own_service: Start) -> None:
+    """Although its idle deadline passes again and again, and a lease after it."""
+    service = own_service(lease_s=1, idle_timeout_s=1)
+    with service.client() as client:
+        stream = client.chat.completions.create(
+            model="endmark", messages=script(say=["tick "] * 14, every_s=0.5), stream=True
+        )
+        assert text_of(stream) == "tick " * 14
 
 
 # -- cut off, and back -------------------------------------------------------------------------------------------------
