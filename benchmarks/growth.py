@@ -19,7 +19,6 @@ import click
 import redis
 
 from benchmarks.dispatch import submit_many
-from benchmarks.idle_memory import FILES, allow_files
 from benchmarks.load import Load
 from benchmarks.rounds import Case, Figures, conclude, in_loop, options, run_rounds, under_load
 from benchmarks.systems import PREFIX, Start, endmark
@@ -53,7 +52,6 @@ def with_tokens_a_job(tokens: int) -> Load:
 
 
 def _measure(start: Start, load: Load, folder: Path) -> Figures:
-    allow_files(load.users + FILES)
     with start(folder) as serving, redis.Redis.from_url(serving.redis_url or "") as client:
         before = _used_bytes(client)
         measured = under_load(serving, {"streams": load})

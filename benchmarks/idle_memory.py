@@ -7,7 +7,6 @@ enough that each gets its pings and its look at Redis.
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +27,6 @@ OPEN_PER_S = 400
 WARM_UP = 50  # streams that are opened before, so that what a process loads once is not counted
 SETTLE_S = 5.0
 WATCH_S = 30.0
-FILES = 500  # that a process needs beside its streams
 
 
 @dataclass(slots=True)
@@ -107,15 +105,8 @@ def _redis_connections(serving: Serving) -> dict[str, int]:
 
 
 def _measure(start: Start, count: int, watch_s: float, folder: Path) -> Figures:
-    allow_files(count + FILES)
     with start(folder) as serving:
         return in_loop(watch(serving, count, watch_s))
-
-
-def allow_files(count: int) -> None:
-    """For this process and those that it starts. Raises ValueError if the system does not let us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
 def cases(count: int = STREAMS, *, short: bool = False) -> list[Case]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,7 @@ def _placed(serving: Serving) -> Iterator[None]:
 def run_rounds(cases: Sequence[Case], rounds: int) -> list[Figures]:
     """Every case once in every round."""
     without_developer_settings()
+    allow_many_files()
     runs: list[Figures] = []
     draw = random.Random(time.time_ns())
     for number in range(rounds):
@@ -106,6 +108,12 @@ def run_rounds(cases: Sequence[Case], rounds: int) -> list[Figures]:
             runs.append(run)
             click.echo(f"round {number + 1}/{rounds}: {case.system}, {case.name}: {_line(run)}", err=True)
     return runs
+
+
+def allow_many_files() -> None:
+    """As many as the system lets us have, for this process and those that it starts. Each stream needs one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _line(run: Figures) -> str:
