@@ -78,10 +78,10 @@ async def feed(settings: Settings, at_once: int) -> None:
             feeding = [one for one in feeding if one.said < one.tokens]
             for one in feeding:
                 await one.attempt.flushed()
-            while not feeding or await _waiting_bytes(store.redis) > MOST_WAITING_BYTES:
+            if not feeding:
                 await asyncio.sleep(PAUSE_S)
-                if not feeding:
-                    break
+            while feeding and await _waiting_bytes(store.redis) > MOST_WAITING_BYTES:  # noqa: ASYNC110 - another process
+                await asyncio.sleep(PAUSE_S)
 
 
 def _tokens(claim: Claim) -> int:

@@ -4,7 +4,7 @@
     tokens a job      10 to 100,000, as fast as they are taken
     workers           1 to 8, 100 streams
     API processes     1 to 4, 100 streams
-    jobs kept         finished jobs in Redis; the default stops at 10,000, since a million takes minutes to make
+    jobs kept         finished jobs in Redis; the default stops at 10,000, since a million takes minutes and 5 GB
 
 Each figure is the CPU of all processes for a token; the first two also the memory of Redis for one.
 """

@@ -48,7 +48,7 @@ def systems(results: Results) -> str:
     """Every load on every system."""
     rows = []
     for question in ("latency", "herd", "throughput"):
-        for case in dict.fromkeys(case for system in _SYSTEMS for case in results.cases(question, system)):
+        for case in sorted({case for system in _SYSTEMS for case in results.cases(question, system)}, key=_by_number):
             load = "flood" if question == "throughput" else "streams"
             for system, name in _SYSTEMS.items():
                 if results.runs(question, system, case):
@@ -118,6 +118,12 @@ def growth(results: Results) -> str:
     return table(headings, rows)
 
 
+def _by_number(case: str) -> tuple[int, str]:
+    """ "200 streams" before "1000 streams", and what begins with no number behind them."""
+    number = case.partition(" ")[0]
+    return (int(number), case) if number.isdecimal() else (1 << 62, case)
+
+
 def _by_kind(case: str) -> tuple[str, int]:
     """ "10 open streams" before "100 open streams"."""
     number, _, kind = case.partition(" ")
@@ -179,7 +185,7 @@ def draw(results: Results, folder: Path) -> None:
         _plot(folder / f"{figure.removesuffix('_ms')}.svg", lines, title=title, x="streams", y="ms")
     for kind, name in ((" open streams", "open-streams"), (" tokens a job", "tokens-a-job")):
         lines = {"Endmark": _over(results, "growth", "endmark", kind, "cpu_us_per_token")}
-        _plot(folder / f"{name}.svg", lines, title="CPU of all processes", x=kind.strip(), y="µs a token")
+        _plot(folder / f"{name}.svg", lines, title="CPU of all processes", x=kind.strip(), y="µs a token", scales="x")
     jobs = {
         "Endmark": [
             (float(case.removeprefix("no-op, ").split()[0]), results.median("dispatch", "endmark", case, "jobs_per_s"))
@@ -187,7 +193,7 @@ def draw(results: Results, folder: Path) -> None:
             if case.startswith("no-op") and results.runs("dispatch", "endmark", case)
         ]
     }
-    _plot(folder / "jobs.svg", jobs, title="no-op jobs", x="workers", y="jobs/s", logarithmic=False)
+    _plot(folder / "jobs.svg", jobs, title="no-op jobs", x="workers", y="jobs/s", scales="")
 
 
 def _over(results: Results, question: str, system: str, kind: str, path: str) -> Points:
@@ -199,7 +205,8 @@ def _over(results: Results, question: str, system: str, kind: str, path: str) ->
     )
 
 
-def _plot(path: Path, lines: dict[str, Points], *, title: str, x: str, y: str, logarithmic: bool = True) -> None:
+def _plot(path: Path, lines: dict[str, Points], *, title: str, x: str, y: str, scales: str = "xy") -> None:
+    """`scales` names the axes that are logarithmic."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -214,8 +221,9 @@ def _plot(path: Path, lines: dict[str, Points], *, title: str, x: str, y: str, l
             style = "--" if "p99" in name else "-"
             colour = {"E": "tab:blue", "s": "tab:orange", "n": "tab:green"}[name[0]]
             axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=4, color=colour, label=name)
-    if logarithmic:
+    if "x" in scales:
         axes.set_xscale("log")
+    if "y" in scales:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
