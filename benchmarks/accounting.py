@@ -56,7 +56,7 @@ class Cost:
     """CPU between two instants."""
 
     server_s: dict[str, float]  # of the system under test, by role
-    tools_s: float  # of the load generator and its helpers
+    tools_s: float  # of the load generator, and of what stands in for a model or a worker
     foreign_cores: float  # used by nobody that we account for, as a mean; above 0.3 of two, repeat the run
     wall_s: float
 

@@ -26,7 +26,7 @@ from arq.constants import default_queue_name
 from arq.jobs import Job
 
 from benchmarks.load import spread
-from benchmarks.rounds import Case, Figures, conclude, in_loop, options, run_rounds
+from benchmarks.rounds import Case, Figures, conclude, in_loop, options, run_rounds, watched
 from benchmarks.systems import PREFIX, Serving, endmark, naive_arq
 from shared.connection import connect
 from shared.entries import BEGINNING, Kind
@@ -66,7 +66,7 @@ def _store(redis_url: str) -> Iterator[JobStore]:
 
 def _measure_idle(workers: int, folder: Path) -> Figures:
     with endmark(folder, apis=0, workers=workers, environment=DEFAULT_SLOTS) as serving:
-        return in_loop(_submit_one_by_one(serving, SUBMISSIONS))
+        return watched(serving, _submit_one_by_one(serving, SUBMISSIONS))
 
 
 async def _submit_one_by_one(serving: Serving, count: int) -> Figures:
@@ -94,7 +94,7 @@ async def _started_ns(store: JobStore, job_id: str) -> int:
 
 def _measure_naive_idle(folder: Path) -> Figures:
     with naive_arq(folder) as serving:
-        return in_loop(_enqueue_one_by_one(serving, NAIVE_SUBMISSIONS))
+        return watched(serving, _enqueue_one_by_one(serving, NAIVE_SUBMISSIONS))
 
 
 async def _enqueue_one_by_one(serving: Serving, count: int) -> Figures:
@@ -141,7 +141,7 @@ def _measure_no_op(workers: int, jobs: int, folder: Path) -> Figures:
         )
         client = stack.enter_context(redis.Redis.from_url(serving.redis_url or ""))
         client.rename(aside, keys.queue)
-        return in_loop(_watch_queue(serving, job_ids))
+        return watched(serving, _watch_queue(serving, job_ids))
 
 
 async def submit_many(redis_url: str, count: int) -> list[str]:
@@ -173,7 +173,7 @@ async def _watch_queue(serving: Serving, job_ids: list[str]) -> Figures:
 
 def _measure_naive_no_op(jobs: int, folder: Path) -> Figures:
     with naive_arq(folder) as serving:
-        return in_loop(_drain_naive(serving, jobs))
+        return watched(serving, _drain_naive(serving, jobs))
 
 
 async def _drain_naive(serving: Serving, count: int) -> Figures:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ import orjson
 import redis
 import uvloop
 
+from benchmarks.accounting import Meter
 from benchmarks.load import Load, Measured, measure
 from benchmarks.systems import Serving, Start, without_developer_settings
 from tests.processes import ROOT
@@ -68,6 +69,12 @@ def under_load(serving: Serving, loads: Mapping[str, Load]) -> Measured:
 def in_loop(work: Coroutine[Any, Any, T]) -> T:
     """Runs it on a fast event loop of its own."""
     return cast(T, uvloop.run(work))  # uvloop has no types
+
+
+def watched(serving: Serving, work: Coroutine[Any, Any, Figures]) -> Figures:
+    """What it finds out, and what it costs; no process may end meanwhile."""
+    meter = Meter(serving.processes, [os.getpid(), *serving.tools], time.monotonic())
+    return in_loop(work) | {"cost": asdict(meter.read(time.monotonic()))}
 
 
 @contextmanager

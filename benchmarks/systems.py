@@ -39,7 +39,7 @@ class Serving:
     base_urls: tuple[str, ...]  # one for each API process
     processes: Mapping[str, tuple[int, ...]]  # process ids by role; all of them are part of the price
     redis_url: str | None = None  # None: it has no Redis
-    tools: tuple[int, ...] = ()  # process ids of helpers that are not part of the price
+    tools: tuple[int, ...] = ()  # process ids of what only measures; not part of the price
 
 
 Start = Callable[[Path], AbstractContextManager[Serving]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import redis
@@ -64,16 +64,24 @@ def server(tmp_path: Path) -> Iterator[Server]:
         server.close()
 
 
+class Parts(NamedTuple):
+    """What a process holds for as long as it lives."""
+
+    store: JobStore
+    publisher: Publisher
+
+
 @pytest.fixture
-async def store(server: Server, prefix: str) -> AsyncIterator[JobStore]:
-    """With its connection made and its scripts loaded, as in a process that has been up for a while."""
+async def parts(server: Server, prefix: str) -> AsyncIterator[Parts]:
+    """With their connections made and their scripts loaded, as in a process that has been up for a while."""
     settings = Settings(redis_url=server.url, prefix=prefix)
     store = JobStore(connect(settings), settings)
     async with Publisher(store, WORKER) as publisher:
-        (log,) = await attempts(store, publisher, 1)
+        parts = Parts(store, publisher)
+        (log,) = await attempts(parts, 1)
         log.append(Kind.DELTA, b"warm")
         assert await finish_ok(log) is Ending.DONE
-    yield store
+        yield parts
     await store.redis.aclose(close_connection_pool=True)
 
 
@@ -87,14 +95,14 @@ def counted(server: Server, tmp_path: Path, prefix: str) -> Iterator[Deployment]
         deployment.wait_until_idle()
 
 
-async def attempts(store: JobStore, publisher: Publisher, count: int) -> list[AttemptLog]:
+async def attempts(parts: Parts, count: int) -> list[AttemptLog]:
     """The first attempts of new jobs."""
     for _ in range(count):
-        await submitted(store)
-    worker = await a_worker(store, WORKER)
-    claims = await store.claim(worker.id, count)
+        await submitted(parts.store)
+    await a_worker(parts.store, WORKER)
+    claims = await parts.store.claim(WORKER, count)
     assert len(claims) == count
-    return [publisher.open(claim, lambda _: None) for claim in claims]
+    return [parts.publisher.open(claim, lambda _: None) for claim in claims]
 
 
 async def finish_ok(log: AttemptLog) -> Ending:
@@ -107,72 +115,68 @@ async def finish_ok(log: AttemptLog) -> Ending:
 # -- round trips -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_job_is_accepted_in_one_round_trip(server: Server, store: JobStore) -> None:
+async def test_a_job_is_accepted_in_one_round_trip(server: Server, parts: Parts) -> None:
     before = server.reads()
     for _ in range(JOBS):
-        await submitted(store)
+        await submitted(parts.store)
     assert server.reads() - before <= JOBS + 1
 
 
-async def test_any_number_of_jobs_is_claimed_in_one_round_trip(server: Server, store: JobStore) -> None:
+async def test_any_number_of_jobs_is_claimed_in_one_round_trip(server: Server, parts: Parts) -> None:
     for _ in range(JOBS):
-        await submitted(store)
-    await a_worker(store, WORKER)
+        await submitted(parts.store)
+    await a_worker(parts.store, WORKER)
     before = server.reads()
-    assert len(await store.claim(WORKER, JOBS)) == JOBS
+    assert len(await parts.store.claim(WORKER, JOBS)) == JOBS
     assert server.reads() - before <= 1 + 1
 
 
-async def test_what_all_attempts_say_together_is_one_round_trip(server: Server, store: JobStore) -> None:
-    async with Publisher(store, WORKER) as publisher:
-        logs = await attempts(store, publisher, JOBS)
-        before = server.reads()
-        for log in logs:
-            log.append(Kind.DELTA, b"Hello ")
-        for log in logs:
-            await log.flushed()
-        assert server.reads() - before <= 1 + 1
-
-
-async def test_the_end_of_a_job_travels_with_its_last_entries(server: Server, store: JobStore) -> None:
-    async with Publisher(store, WORKER) as publisher:
-        (log,) = await attempts(store, publisher, 1)
-        before = server.reads()
-        log.append(Kind.DELTA, b"Hello ")
-        assert await finish_ok(log) is Ending.DONE
-        assert server.reads() - before <= 1 + 1
-
-
-async def test_a_reader_catches_up_in_one_round_trip(server: Server, store: JobStore) -> None:
-    job_id = await submitted(store)
+async def test_what_all_attempts_say_together_is_one_round_trip(server: Server, parts: Parts) -> None:
+    logs = await attempts(parts, JOBS)
     before = server.reads()
-    await store.read_after(job_id, BEGINNING, 100)
+    for log in logs:
+        log.append(Kind.DELTA, b"Hello ")
+    for log in logs:
+        await log.flushed()
+    assert server.reads() - before <= 1 + 1
+
+
+async def test_the_end_of_a_job_travels_with_its_last_entries(server: Server, parts: Parts) -> None:
+    (log,) = await attempts(parts, 1)
+    before = server.reads()
+    log.append(Kind.DELTA, b"Hello ")
+    assert await finish_ok(log) is Ending.DONE
+    assert server.reads() - before <= 1 + 1
+
+
+async def test_a_reader_catches_up_in_one_round_trip(server: Server, parts: Parts) -> None:
+    job_id = await submitted(parts.store)
+    before = server.reads()
+    await parts.store.read_after(job_id, BEGINNING, 100)
     assert server.reads() - before <= 1 + 1
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_entry_is_appended_once_and_published_once(server: Server, store: JobStore) -> None:
-    async with Publisher(store, WORKER) as publisher:
-        logs = await attempts(store, publisher, JOBS)
-        before = server.calls("xadd"), server.calls("publish")
-        for log in logs:
-            for number in range(ENTRIES):  # of two kinds that take turns, so that none are merged
-                log.append(Kind.REASONING if number % 2 else Kind.DELTA, b"Hello ")
-            await log.flushed()
-        assert server.calls("xadd") - before[0] == JOBS * ENTRIES
-        assert server.calls("publish") - before[1] <= JOBS * ENTRIES
-
-
-async def test_what_an_agent_says_in_one_breath_is_one_entry(server: Server, store: JobStore) -> None:
-    async with Publisher(store, WORKER) as publisher:
-        (log,) = await attempts(store, publisher, 1)
-        before = server.calls("xadd")
-        for _ in range(1000):
-            log.append(Kind.DELTA, b"Hello ")
+async def test_an_entry_is_appended_once_and_published_once(server: Server, parts: Parts) -> None:
+    logs = await attempts(parts, JOBS)
+    before = server.calls("xadd"), server.calls("publish")
+    for log in logs:
+        for number in range(ENTRIES):  # of two kinds that take turns, so that none are merged
+            log.append(Kind.REASONING if number % 2 else Kind.DELTA, b"Hello ")
         await log.flushed()
-        assert server.calls("xadd") - before == 1
+    assert server.calls("xadd") - before[0] == JOBS * ENTRIES
+    assert server.calls("publish") - before[1] <= JOBS * ENTRIES
+
+
+async def test_what_an_agent_says_in_one_breath_is_one_entry(server: Server, parts: Parts) -> None:
+    (log,) = await attempts(parts, 1)
+    before = server.calls("xadd")
+    for _ in range(1000):
+        log.append(Kind.DELTA, b"Hello ")
+    await log.flushed()
+    assert server.calls("xadd") - before == 1
 
 
 def test_a_stream_is_read_at_its_beginning_and_then_only_heard(server: Server, counted: Deployment) -> None:
