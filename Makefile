@@ -7,10 +7,10 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(OWN_UV))
 export UV_PROJECT_ENVIRONMENT := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos model check lint format clean
+.PHONY: help run test chaos model check lint format bench bench-full clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/.run ## Valkey, the API and a worker; options: make run ARGS="--port 9000"
 	@exec $(BIN)/endmark dev $(ARGS)
@@ -38,9 +38,15 @@ format: $(VENV)/.dev ## repair what ruff can repair
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+bench: $(VENV)/.dev ## the goals of docs/performance.md, each beside what this machine does, in five minutes
+	$(BIN)/python -m benchmarks.short $(ARGS)
+
+bench-full: $(VENV)/.bench ## every benchmark, in about an hour, and docs/performance.md with its plots
+	$(BIN)/python -m benchmarks.full $(ARGS)
+
 clean: ## remove the environment and every cache; data in .endmark stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis dist
-	find api worker shared cli tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find api worker shared cli tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Two stamps, because running needs a quarter of the packages that testing needs. `--inexact` keeps them from undoing
 # each other: what `make test` installed stays, and counts for `make run`.
@@ -51,6 +57,10 @@ $(VENV)/.run: pyproject.toml uv.lock | $(filter $(OWN_UV),$(UV))
 $(VENV)/.dev: pyproject.toml uv.lock | $(filter $(OWN_UV),$(UV))
 	$(UV) sync --frozen
 	@touch $(VENV)/.run $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(UV) sync --frozen --inexact --group bench
+	@touch $@
 
 # Without uv: a venv of the first suitable Python, and uv in a folder inside it that `uv sync` leaves alone.
 $(OWN_UV):

@@ -1,0 +1,40 @@
+"""The agent of the benchmarks: says stamped tokens on a clock. `ENDMARK_AGENT=benchmarks.agent:agent`.
+
+What it says is written in the user's message, in the words of tests/upstream.py:
+
+    [[mock k=200 i=20]]        200 tokens, one every 20 ms
+    [[mock k=1000 i=0 b=8]]    as fast as they are taken; the event loop turns after every 8
+    [[mock k=0]]               nothing: an agent that has finished at once
+
+Every system that is measured runs this generator, in its own place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from tests.upstream import Script, stamped_token
+from worker.agents.contract import Turn
+from worker.agents.media import divide, text_of
+
+
+async def speak(text: str) -> AsyncIterator[str]:
+    """The tokens that a user's message asks for, each stamped with the instant at which it is made."""
+    script = Script.parse(text.encode())
+    now = asyncio.get_running_loop().time
+    next_at = now() + script.first_token_delay_s
+    for sequence in range(script.tokens):
+        if script.interval_s or sequence == 0:
+            if (wait_s := next_at - now()) > 0:
+                await asyncio.sleep(wait_s)
+            next_at += script.interval_s
+        elif sequence % script.events_per_write == 0:
+            await asyncio.sleep(0)
+        yield stamped_token(sequence)
+
+
+async def agent(turn: Turn) -> AsyncIterator[str]:
+    """The same for a worker of Endmark."""
+    async for token in speak(text_of(divide(turn).question)):
+        yield token
