@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from api import files, jobs
+from api import files, jobs, responses
 from api.chat import create_completion, watch_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
@@ -83,6 +83,11 @@ def create_app(settings: Settings | None = None) -> Starlette:
         routes=[
             Route("/v1/chat/completions", create_completion, methods=["POST"]),
             Route("/v1/chat/completions/{id}/stream", watch_completion),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            Route("/v1/responses/{id}", responses.retrieve, methods=["GET"]),
+            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
+            Route("/v1/responses/{id}/input_items", responses.input_items_page),
             Route("/v1/jobs/{id}", jobs.retrieve),
             Route("/v1/jobs/{id}/events", jobs.events),
             Route("/v1/jobs/{id}/cancel", jobs.cancel, methods=["POST"]),

@@ -33,6 +33,11 @@ async def read_chat_body(request: Request, settings: Settings) -> Any:
     if content_type.lower() == b"multipart/form-data":
         async with open_form(request, settings.max_body_bytes) as form:
             return await _form_to_json(form, settings.max_file_bytes)
+    return await read_json_body(request, settings)
+
+
+async def read_json_body(request: Request, settings: Settings) -> Any:
+    """Parsed JSON. Raises PayloadTooLargeError before more than the limit has been read, and InvalidRequestError."""
     _limit_body(request, settings.max_body_bytes)
     try:
         return parse_json(await request.body())
