@@ -248,7 +248,8 @@ class Output:
         self._tools.remove(tool)
         yield f"response.mcp_call.{status}", self._place(tool.place)
         if status == "failed":
-            yield from self._end(tool.place, status=status, error=detail or TOOL_FAILED)
+            said = [{"type": "text", "text": detail or TOOL_FAILED}]
+            yield from self._end(tool.place, status=status, error={"type": "mcp_tool_execution_error", "content": said})
         else:
             yield from self._end(tool.place, status=status, output=detail)
 
@@ -328,9 +329,7 @@ class ResponseEncoder:
         if marker.code in _NOT_AN_ENDING:
             return _event("error", self.number, _error_fields(error))
         if marker.code == ErrorCode.CANCELLED:
-            self.response = self._head.response(
-                "cancelled", self._output.so_far(), usage=usage_object(None), incomplete_reason="cancelled"
-            )
+            self.response = self._head.response("cancelled", self._output.so_far(), incomplete_reason="cancelled")
             return self._frame("response.incomplete", {"response": self.response})
         self.response = self._head.response("failed", self._output.so_far(), error=error)
         failed = self._frame("response.failed", {"response": self.response})

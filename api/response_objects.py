@@ -109,7 +109,7 @@ def usage_object(usage: Usage | None) -> dict[str, Any]:
     asked, said = usage or (0, 0)
     return {
         "input_tokens": asked,
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": said,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": asked + said,
