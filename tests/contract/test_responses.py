@@ -503,14 +503,15 @@ def test_input_items_are_paged_through_in_both_orders(service: Deployment) -> No
     with service.client() as client:
         first = create(client, "before")
         response = create(client, [{"role": "user", "content": text} for text in texts], previous_response_id=first.id)
+        pages: Any = client.responses.input_items
         for order, expected in (("asc", texts), ("desc", texts[::-1])):
-            items: list[Any] = list(client.responses.input_items.list(response.id, order=order, limit=2))
+            items = list(pages.list(response.id, limit=2, order=order))
             assert [item.content[0].text for item in items] == expected
-        newest: Any = client.responses.input_items.list(response.id)
+        newest = pages.list(response.id)
         assert (len(newest.data), newest.has_more, newest.first_id) == (5, False, newest.data[0].id)
         for wrong in ({"limit": 0}, {"limit": 101}, {"limit": "x"}, {"order": "random"}, {"after": "msg_1"}):
             with pytest.raises(openai.BadRequestError) as raised:
-                client.responses.input_items.list(response.id, **wrong)
+                pages.list(response.id, **wrong)
             assert raised.value.param == next(iter(wrong))
 
 
