@@ -18,7 +18,6 @@ from api.errors import (
     ApiError,
     GoneError,
     InvalidRequestError,
-    JobFailedError,
     NotFoundError,
     PayloadTooLargeError,
     QueueUnreachableError,
@@ -57,11 +56,11 @@ async def stored_request(request: Request, job: JobRecord) -> tuple[list[Message
 
 
 async def stored_answer(request: Request, job: JobRecord) -> tuple[list[Entry], OkMarker | ErrorMarker]:
-    """What a job that has ended has said. Raises GoneError or JobFailedError if it cannot be read as a whole."""
+    """What a job that has ended has said. Raises GoneError or QueueUnreachableError if it cannot be read as a whole."""
     entries, ending = await Answer(services_of(request), job.job_id).to_its_end(request.receive)
     if isinstance(ending, ErrorMarker) and ending != job.error:  # it tells of the reader, not of the job
         if ending.code == ErrorCode.STREAM_UNREACHABLE:
-            raise JobFailedError(ending)
+            raise QueueUnreachableError(may_have_started=False)
         raise GoneError(ending.message, code=ending.code)
     return entries, ending
 

@@ -172,6 +172,29 @@ def test_a_failed_response_is_found_with_its_error_and_what_it_said(service: Dep
             list(client.responses.retrieve(response.id, stream=True))
 
 
+def test_an_agent_that_takes_too_long_fails_its_response(impatient: Deployment) -> None:
+    with impatient.client() as client:
+        with pytest.raises(openai.APIError) as raised:
+            list(create(client, steps(say=["a"], then="hang"), stream=True))
+        assert raised.value.code == "timeout"
+        with pytest.raises(openai.InternalServerError) as refused:
+            create(client, steps(say=["a"], then="hang"))
+    assert (refused.value.status_code, refused.value.code) == (504, "timeout")
+
+
+def test_a_response_whose_worker_dies_in_the_middle_fails(own_service: Start) -> None:
+    service = own_service(lease_s=1)
+    with service.client() as client:
+        response = create(client, steps(say=["a"], then="hang"), background=True)
+        with pytest.raises(openai.APIError) as raised:
+            for event in client.responses.retrieve(response.id, stream=True):
+                if event.type == "response.output_text.delta":
+                    service.workers[0].process.kill()
+        assert raised.value.code == "worker_lost"
+        failed = client.responses.retrieve(response.id)
+    assert (failed.status, failed.output_text) == ("failed", "a")
+
+
 def test_a_client_that_goes_away_cancels_its_response(service: Deployment, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with service.client() as client:
