@@ -46,13 +46,14 @@ def reachable() -> Iterator[None]:
         raise QueueUnreachableError(may_have_started=False) from error
 
 
-async def stored_request(request: Request, job: JobRecord) -> tuple[list[Message], Echo]:
-    """The messages of a job, and what is kept to show it. Raises NotFoundError if it has just expired."""
+async def stored_messages(request: Request, job: JobRecord) -> list[Message]:
+    """What the agent of a job is given. Raises NotFoundError if it has just expired."""
     with reachable():
         stored = await services_of(request).store.request(job.job_id)
     if stored is None:
         raise NotFoundError(f"No such response: {job.job_id!r}. It has just expired.")
-    return stored["messages"], Echo(**stored["echo"])
+    messages: list[Message] = stored["messages"]
+    return messages
 
 
 async def stored_answer(request: Request, job: JobRecord) -> tuple[list[Entry], OkMarker | ErrorMarker]:
@@ -65,9 +66,9 @@ async def stored_answer(request: Request, job: JobRecord) -> tuple[list[Entry], 
     return entries, ending
 
 
-async def stored_response(request: Request, job: JobRecord, echo: Echo) -> dict[str, Any]:
+async def stored_response(request: Request, job: JobRecord) -> dict[str, Any]:
     """The response object as it is now. What an unfinished one has said is in its stream only."""
-    head = ResponseHead.of_record(job, echo)
+    head = ResponseHead.of_record(job)
     if job.status is Status.QUEUED:
         return head.response("queued")
     if job.status is Status.RUNNING:
@@ -76,10 +77,10 @@ async def stored_response(request: Request, job: JobRecord, echo: Echo) -> dict[
     return ended_response(head, entries, ending)
 
 
-async def messages_before(request: Request, previous_id: str) -> list[Message]:
+async def messages_before(request: Request, previous_id: str, *, max_bytes: int) -> list[Message]:
     """The history that a new response has from the one before: its messages, without instructions, and its answer.
 
-    Raises InvalidRequestError, naming `previous_response_id`.
+    Raises InvalidRequestError or PayloadTooLargeError, naming `previous_response_id`.
     """
     try:
         if not is_response_id(previous_id):
@@ -92,7 +93,13 @@ async def messages_before(request: Request, previous_id: str) -> list[Message]:
                 code="previous_response_not_completed",
                 param="previous_response_id",
             )
-        messages, echo = await stored_request(request, job)
+        if job.session:
+            raise InvalidRequestError(
+                f"Previous response with id {previous_id!r} is a turn of a conversation, which holds its history: "
+                "name the `conversation` instead.",
+                param="previous_response_id",
+            )
+        messages = await stored_messages(request, job)
         entries, ending = await stored_answer(request, job)
     except (NotFoundError, GoneError) as error:
         raise InvalidRequestError(
@@ -100,15 +107,23 @@ async def messages_before(request: Request, previous_id: str) -> list[Message]:
             code="previous_response_not_found",
             param="previous_response_id",
         ) from error
-    output = ended_response(ResponseHead.of_record(job, echo), entries, ending)["output"]
-    kept = messages[1:] if echo.has_instructions else messages
-    return [*without_files(kept), answer_message(output)]
+    output = ended_response(ResponseHead.of_record(job), entries, ending)["output"]
+    kept = messages[1:] if Echo(**job.echo).has_instructions else messages
+    history = [*without_files(kept), answer_message(output)]
+    _check_size(history, max_bytes=max_bytes)
+    return history
 
 
-async def referenced_items(request: Request, references: Mapping[int, str]) -> dict[str, dict[str, Any]]:
-    """The output items with these ids; the keys are their places in the input. Raises NotFoundError, naming one."""
+async def referenced_items(
+    request: Request, references: Mapping[int, str], *, max_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """The output items with these ids; the keys are their places in the input.
+
+    Raises NotFoundError, InvalidRequestError or PayloadTooLargeError, naming a place.
+    """
     items: dict[str, dict[str, Any]] = {}
     read: set[str] = set()
+    wanted, size = set(references.values()), 0
     for place, item_id in references.items():
         job_id = job_of_item(item_id)
         if job_id is not None and job_id not in read:
@@ -117,7 +132,13 @@ async def referenced_items(request: Request, references: Mapping[int, str]) -> d
                 raise InvalidRequestError(
                     f"The input refers to items of more than {MAX_REFERENCED} responses.", param=f"input[{place}].id"
                 )
-            items |= await _output_items(request, job_id)
+            found = {id_: item for id_, item in (await _output_items(request, job_id)).items() if id_ in wanted}
+            items |= found
+            size += len(json_bytes(found))
+        if size > max_bytes:
+            raise PayloadTooLargeError(
+                f"The items that the input refers to are larger than {max_bytes} bytes.", param=f"input[{place}].id"
+            )
         if item_id not in items:
             raise _no_item(item_id, place)
     return items
@@ -127,8 +148,7 @@ async def _output_items(request: Request, job_id: str) -> dict[str, dict[str, An
     """None of a response that is gone, or has not ended."""
     try:
         job = await find_job_by_id(request, job_id, JobKind.RESPONSE)
-        _, echo = await stored_request(request, job)
-        response = await stored_response(request, job, echo)
+        response = await stored_response(request, job)
     except (NotFoundError, GoneError):
         return {}
     return {item["id"]: item for item in response["output"]}
@@ -142,7 +162,7 @@ def _no_item(item_id: str, place: int) -> ApiError:
     )
 
 
-def check_size(history: list[Message], *, max_bytes: int) -> None:
+def _check_size(history: list[Message], *, max_bytes: int) -> None:
     """A history grows with each response. Raises PayloadTooLargeError or InvalidRequestError."""
     param = "previous_response_id"
     contents = (message.get("content") for message in history)

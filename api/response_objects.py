@@ -1,6 +1,6 @@
 """Responses and their items as OpenAI's clients know them. No I/O, no clock.
 
-Rule 1: what a response repeats of its request is kept with the job (`Submission.echo`), so that every replica shows the
+Rule 1: what a response repeats of its request is kept in its job record (`echo`), so that every replica shows the
         same object at any time.
 Rule 2: the id of an item is made from the id of its response and its place, so that it can be found without an index.
 
@@ -63,7 +63,7 @@ class ResponseHead:
         )
 
     @classmethod
-    def of_record(cls, job: JobRecord, echo: Echo) -> ResponseHead:
+    def of_record(cls, job: JobRecord) -> ResponseHead:
         return cls(
             job_id=job.job_id,
             created_s=job.created_s,
@@ -71,7 +71,7 @@ class ResponseHead:
             background=job.background,
             store=job.store,
             metadata=job.metadata,
-            fields=echo.fields,
+            fields=Echo(**job.echo).fields,
         )
 
     def response(

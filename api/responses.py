@@ -19,14 +19,13 @@ from api.jobs import TERMINAL, cancel_job
 from api.once import is_from_sdk, once, patience_ms
 from api.response_events import ResponseEncoder, ended_response
 from api.response_history import (
-    check_size,
     messages_before,
     reachable,
     referenced_items,
-    stored_request,
+    stored_messages,
     stored_response,
 )
-from api.response_objects import ResponseHead, input_items
+from api.response_objects import Echo, ResponseHead, input_items
 from api.response_request import (
     Message,
     NewMessages,
@@ -41,7 +40,7 @@ from api.sse import StreamedAnswer
 from api.stored import find_job, find_job_by_id, starting_after
 from api.submit import check_uploaded, forget, submit
 from api.system import check_model
-from shared.jobs import JobKind, JobRecord, new_job_id
+from shared.jobs import JobKind, new_job_id
 from shared.store import Deletion
 from shared.text import json_bytes
 
@@ -87,7 +86,7 @@ async def create(request: Request) -> Response:
         return _json(ended_response(head, entries, ok), delivered)
     if accepted.is_new:
         return _json(head.response("queued"), delivered)
-    return _json(await _response_now(request, await find_job_by_id(request, accepted.job_id)), delivered)
+    return _json(await stored_response(request, await find_job_by_id(request, accepted.job_id)), delivered)
 
 
 async def _messages(request: Request, asked: ResponseRequest) -> tuple[Detached, list[Message]]:
@@ -96,18 +95,15 @@ async def _messages(request: Request, asked: ResponseRequest) -> tuple[Detached,
     settings = services.settings
     history: list[Message] = []
     if asked.previous_response_id is not None:
-        history = await messages_before(request, asked.previous_response_id)
-        check_size(history, max_bytes=settings.max_body_bytes)
-    references = asked.references
-    new = new_messages(asked, await referenced_items(request, references) if references else {})
+        history = await messages_before(request, asked.previous_response_id, max_bytes=settings.max_body_bytes)
+    referenced = await referenced_items(request, asked.references, max_bytes=settings.max_body_bytes)
+    new = new_messages(asked, referenced)
     try:
         detached = await _without_files(new, settings.max_file_bytes)
         uploaded = [*detached.uploaded, *uploaded_files(history, param="previous_response_id")]
         await check_uploaded(services, request.scope["tenant"], replace(detached, uploaded=uploaded))
     except ApiError as error:
         raise new.name_input(error) from error.__cause__
-    if references:
-        check_size(detached.messages, max_bytes=settings.max_body_bytes)
     return detached, history
 
 
@@ -124,10 +120,9 @@ async def retrieve(request: Request) -> Response:
     """
     job = await find_job(request, JobKind.RESPONSE)
     if not _flag(request, "stream"):
-        return _json(await _response_now(request, job))
+        return _json(await stored_response(request, job))
     after = starting_after(request, default=NOTHING_SEEN)
-    _, echo = await stored_request(request, job)
-    encoder = ResponseEncoder(ResponseHead.of_record(job, echo), starting_after=after)
+    encoder = ResponseEncoder(ResponseHead.of_record(job), starting_after=after)
     return StreamedAnswer(Answer(services_of(request), job.job_id), encoder, starting_after=after)
 
 
@@ -137,7 +132,7 @@ async def cancel(request: Request) -> Response:
     if not job.background:
         raise InvalidRequestError("Only a background response can be cancelled. Close the connection of another.")
     await cancel_job(request, job.job_id)
-    return _json(await _response_now(request, await find_job(request, JobKind.RESPONSE)))
+    return _json(await stored_response(request, await find_job(request, JobKind.RESPONSE)))
 
 
 async def delete(request: Request) -> Response:
@@ -167,8 +162,8 @@ async def input_items_page(request: Request) -> Response:
         raise InvalidRequestError("order must be 'asc' or 'desc'.", param="order")
     if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
         raise InvalidRequestError(f"limit must be a whole number from 1 to {MAX_PAGE}.", param="limit")
-    messages, echo = await stored_request(request, job)
-    items = input_items(messages[echo.before :], job.job_id)
+    messages = await stored_messages(request, job)
+    items = input_items(messages[Echo(**job.echo).before :], job.job_id)
     if order == "desc":
         items.reverse()
     if after := request.query_params.get("after"):
@@ -186,11 +181,6 @@ async def input_items_page(request: Request) -> Response:
             "has_more": len(items) > len(page),
         }
     )
-
-
-async def _response_now(request: Request, job: JobRecord) -> dict[str, Any]:
-    _, echo = await stored_request(request, job)
-    return await stored_response(request, job, echo)
 
 
 def _flag(request: Request, name: str) -> bool:

@@ -129,7 +129,6 @@ class Submission:
                 "messages": self.messages,
                 "owns_history": self.owns_history,
                 "params": self.params,
-                "echo": self.echo,
             }
         )
 
@@ -144,6 +143,8 @@ class Submission:
             "store": "1" if self.store else "0",
             "request_id": self.request_id,
         }
+        if self.echo:
+            fields["echo"] = json_bytes(self.echo)
         if self.background:
             fields["background"] = "1"
         if self.is_waited_for:
@@ -176,6 +177,7 @@ class JobRecord:
     usage: Usage | None
     error: ErrorMarker | None
     metadata: dict[str, str]
+    echo: dict[str, Any]  # what the answer repeats of the request
 
     @property
     def created_s(self) -> int:
@@ -215,4 +217,5 @@ class JobRecord:
             usage=Usage(**usage) if usage else None,
             error=ErrorMarker.parse(fields[b"error"]) if fields.get(b"error") else None,
             metadata=parse_json(fields[b"metadata"]) if fields.get(b"metadata") else {},
+            echo=parse_json(fields[b"echo"]) if fields.get(b"echo") else {},
         )

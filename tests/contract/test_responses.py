@@ -373,7 +373,7 @@ def test_many_watchers_see_the_same(service: Deployment, tmp_path: Path) -> None
 def test_a_stream_of_a_killed_replica_goes_on_at_the_other(own_service: Start) -> None:
     service = own_service()
     other_url = service.start_another_api()
-    said = [f"{number} " for number in range(30)]
+    said = [f"{number} " for number in range(100)]
     seen: list[Any] = []
     with service.client() as client:
         stream = create(client, steps(say=said, every_s=0.05), background=True, stream=True)
@@ -475,6 +475,9 @@ def test_a_conversation_is_a_session_whose_turns_any_worker_runs(own_service: St
         ]
         answers = [wait_until_ended(client, response.id).output_text for response in pending]
         last = create(client, steps(recalls=True), conversation={"id": "c"})
+        with pytest.raises(openai.BadRequestError) as raised:
+            create(client, "a", previous_response_id=last.id)
+        assert "conversation" in raised.value.message
     assert answers == ["nothing", "0", "1", "2"]
     assert last.output_text == "3"
     assert last.conversation.id == "c"
@@ -516,6 +519,20 @@ def test_the_output_of_a_response_can_be_sent_back_as_it_is(service: Deployment)
         answered = {"type": "function_call_output", "call_id": "call_a", "output": "rain"}
         history = [{"role": "user", "content": "one"}, *output, answered, {"role": "user", "content": "two"}]
         assert create(client, history).output_text == "two"
+
+
+def test_a_history_may_not_outgrow_what_a_request_may_hold(own_service: Start) -> None:
+    service = own_service(max_body_bytes=4096)
+    with service.client() as client:
+        first = create(client, "a" * 1500)
+        second = create(client, "b" * 1500, previous_response_id=first.id)
+        with pytest.raises(openai.APIStatusError) as raised:
+            create(client, "c", previous_response_id=second.id)
+        assert (raised.value.status_code, raised.value.param) == (413, "previous_response_id")
+        long = create(client, steps(say=["x"], times=5000))
+        with pytest.raises(openai.APIStatusError) as raised:
+            create(client, [{"role": "user", "content": "c"}, {"type": "item_reference", "id": long.output[0].id}])
+        assert (raised.value.status_code, raised.value.param) == (413, "input[1].id")
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------
