@@ -123,7 +123,7 @@ async def referenced_items(
     """
     items: dict[str, dict[str, Any]] = {}
     read: set[str] = set()
-    wanted, size = set(references.values()), 0
+    wanted, sizes, size = set(references.values()), dict[str, int](), 0
     for place, item_id in references.items():
         job_id = job_of_item(item_id)
         if job_id is not None and job_id not in read:
@@ -134,7 +134,8 @@ async def referenced_items(
                 )
             found = {id_: item for id_, item in (await _output_items(request, job_id)).items() if id_ in wanted}
             items |= found
-            size += len(json_bytes(found))
+            sizes |= {id_: len(json_bytes(item)) for id_, item in found.items()}
+        size += sizes.get(item_id, 0)  # each time: the agent gets as many copies
         if size > max_bytes:
             raise PayloadTooLargeError(
                 f"The items that the input refers to are larger than {max_bytes} bytes.", param=f"input[{place}].id"

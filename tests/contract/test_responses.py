@@ -529,10 +529,29 @@ def test_a_history_may_not_outgrow_what_a_request_may_hold(own_service: Start) -
         with pytest.raises(openai.APIStatusError) as raised:
             create(client, "c", previous_response_id=second.id)
         assert (raised.value.status_code, raised.value.param) == (413, "previous_response_id")
-        long = create(client, steps(say=["x"], times=5000))
+        reference = {"type": "item_reference", "id": first.output[0].id}
         with pytest.raises(openai.APIStatusError) as raised:
-            create(client, [{"role": "user", "content": "c"}, {"type": "item_reference", "id": long.output[0].id}])
-        assert (raised.value.status_code, raised.value.param) == (413, "input[1].id")
+            create(client, [{"role": "user", "content": "c"}, *[reference] * 3])
+        assert (raised.value.status_code, raised.value.param) == (413, "input[3].id")
+
+
+def test_an_uploaded_file_stays_in_the_history_by_its_id(service: Deployment) -> None:
+    def ask(file_id: str, **fields: Any) -> Any:
+        parts = [{"type": "input_text", "text": "Look"}, {"type": "input_file", "file_id": file_id}]
+        return create(client, [{"role": "user", "content": parts}], **fields)
+
+    with service.client() as client:
+        file = client.files.create(file=("a.txt", b"hello"), purpose="user_data")
+        first = ask(file.id)
+        second = create(client, "Again", previous_response_id=first.id)
+        assert messages_seen(service, second.id)[0]["content"][1] == {"type": "file", "file": {"file_id": file.id}}
+        client.files.delete(file.id)
+        with pytest.raises(openai.NotFoundError) as raised:
+            ask(file.id)
+        assert (raised.value.code, raised.value.param) == ("file_not_found", "input[0].content[1].file_id")
+        with pytest.raises(openai.NotFoundError) as raised:
+            create(client, "Again", previous_response_id=second.id)
+        assert (raised.value.code, raised.value.param) == ("file_not_found", "previous_response_id")
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------
