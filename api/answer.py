@@ -102,16 +102,21 @@ class Answer:
 
     async def whole(self, receive: Receive) -> tuple[list[Entry], OkMarker]:
         """All of it. Raises JobFailedError for every ending but a verified `ok`, or ClientGoneError."""
-        entries: list[Entry] = []
         try:
-            async with self.follow(receive) as tail:
-                while not self.has_ended():
-                    entries += await self.entries(tail, self.settings.ping_interval_s)
+            entries, ending = await self.to_its_end(receive)
         except asyncio.CancelledError as stopped:  # the server stops, and has waited long enough
             raise JobFailedError(INTERRUPTED) from stopped
-        if not isinstance(self.ending, OkMarker):
-            raise JobFailedError(self.ending or INCOMPLETE)
-        return entries, self.ending
+        if not isinstance(ending, OkMarker):
+            raise JobFailedError(ending)
+        return entries, ending
+
+    async def to_its_end(self, receive: Receive) -> tuple[list[Entry], OkMarker | ErrorMarker]:
+        """What was said, and how it ended, whatever that is. Raises ClientGoneError."""
+        entries: list[Entry] = []
+        async with self.follow(receive) as tail:
+            while not self.has_ended():
+                entries += await self.entries(tail, self.settings.ping_interval_s)
+        return entries, self.ending or INCOMPLETE
 
 
 def _explain(error: TailError) -> ErrorMarker:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from api import files, jobs, operations, stored_completions
+from api import files, jobs, operations, responses, stored_completions
 from api.chat import create_completion, watch_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
@@ -94,6 +94,10 @@ def create_app(settings: Settings | None = None) -> Starlette:
             ),
             Route("/v1/chat/completions/{id}/messages", stored_completions.list_messages),
             Route("/v1/chat/completions/{id}/stream", watch_completion),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            _route("/v1/responses/{id}", GET=responses.retrieve, DELETE=responses.delete),
+            Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
+            Route("/v1/responses/{id}/input_items", responses.input_items_page),
             Route("/v1/jobs", jobs.list_jobs),
             Route("/v1/jobs/counts", jobs.count_jobs),
             Route("/v1/jobs/cancel", jobs.bulk_cancel, methods=["POST"]),

@@ -13,12 +13,12 @@ from api.attachments import Detached, detach, media_parts
 from api.body import read_chat_body
 from api.chat_request import StreamOptions, parse_chat_request, submission
 from api.chunks import ChunkEncoder, completion
-from api.errors import NotFoundError
 from api.once import is_from_sdk, once, patience_ms
 from api.services import services_of
 from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
 from api.submit import check_uploaded, forget, submit
+from api.system import check_model
 from shared.jobs import JobKind, new_job_id
 from shared.text import json_bytes
 
@@ -29,12 +29,7 @@ async def create_completion(request: Request) -> Response:
     settings = services.settings
     body = await read_chat_body(request, settings)
     chat = parse_chat_request(body)
-    if chat.model and chat.model != settings.model_name:
-        raise NotFoundError(
-            f"The model {chat.model!r} does not exist. This deployment serves {settings.model_name!r}.",
-            code="model_not_found",
-            param="model",
-        )
+    check_model(settings, chat.model)
     tenant: str = request.scope["tenant"]
     detached = Detached(messages=body["messages"])
     if parts := media_parts(chat):  # decoding and looking at megabytes would hold up the streams of others

@@ -32,49 +32,58 @@ SessionId = Annotated[str, StringConstraints(max_length=256)]
 _CONTROL_OR_SURROGATE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What we read of a client's JSON: nothing is converted, and what we do not know does not matter."""
+
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(_Strict):
+class RefusalPart(Strict):
     type: Literal["refusal"]
     refusal: str
 
 
-class ImageUrl(_Strict):
+class ImageUrl(Strict):
     url: str
     detail: str | None = None
 
 
-class ImagePart(_Strict):
+class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class Audio(_Strict):
+class Audio(Strict):
     data: str
     format: str
 
 
-class AudioPart(_Strict):
+class AudioPart(Strict):
     type: Literal["input_audio"]
     input_audio: Audio
 
 
-class FileRef(_Strict):
+class FileRef(Strict):
     filename: str | None = None
     file_data: str | None = None
     file_id: str | None = None
 
 
-class FilePart(_Strict):
+class FilePart(Strict):
     type: Literal["file"]
     file: FileRef
+
+
+def check_plain(name: str | None) -> str | None:
+    """A name that a client makes up becomes a part of a key. Raises ValueError."""
+    if name is not None and _CONTROL_OR_SURROGATE.search(name):
+        raise ValueError("must not hold control characters")
+    return name
 
 
 def _content_tag(content: object) -> str:
@@ -95,39 +104,39 @@ AssistantContent = Annotated[
 ]
 
 
-class SystemMessage(_Strict):
+class SystemMessage(Strict):
     role: Literal["system"]
     content: TextContent
 
 
-class DeveloperMessage(_Strict):
+class DeveloperMessage(Strict):
     role: Literal["developer"]
     content: TextContent
 
 
-class UserMessage(_Strict):
+class UserMessage(Strict):
     role: Literal["user"]
     content: UserContent
 
 
-class FunctionCall(_Strict):
+class FunctionCall(Strict):
     name: str
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: AssistantContent | None = None
     tool_calls: list[ToolCall] | None = None
 
 
-class ToolMessage(_Strict):
+class ToolMessage(Strict):
     role: Literal["tool"]
     content: TextContent
     tool_call_id: str
@@ -138,13 +147,13 @@ Message = Annotated[
 ]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_tool_events: bool = False  # ours: what the agent's own tools do, as `tool_event` of otherwise empty chunks
     include_sequence_numbers: bool = False  # ours: `sequence_number` on every chunk, to resume the stream behind it
 
 
-class ChatRequest(_Strict):
+class ChatRequest(Strict):
     """The fields of a request that we read. All others are passed to the agent, which heeds those that it knows."""
 
     messages: list[Message] = Field(min_length=1)
@@ -161,9 +170,7 @@ class ChatRequest(_Strict):
     @field_validator("session_id")
     @classmethod
     def _session_id_is_plain(cls, value: str | None) -> str | None:
-        if value is not None and _CONTROL_OR_SURROGATE.search(value):
-            raise ValueError("must not hold control characters")
-        return value
+        return check_plain(value)
 
     @field_validator("messages")
     @classmethod
@@ -203,7 +210,7 @@ def _refuse_excess(body: dict[str, Any]) -> None:
                 raise InvalidRequestError(f"{param}: the messages hold more than {MAX_ELEMENTS} parts.", param=param)
 
 
-class CompletionUpdate(_Strict):
+class CompletionUpdate(Strict):
     """What may be changed of a stored completion: its metadata, as a whole."""
 
     metadata: dict[MetadataKey, MetadataValue] | None = Field(max_length=MAX_METADATA_PAIRS)

@@ -278,7 +278,7 @@ async def _retry_job(request: Request, job: JobRecord) -> dict[str, Any]:
         kind=job.kind,
         store=job.store,
         background=job.kind is JobKind.RESPONSE,
-        echo=stored.get("echo") or {},
+        echo=job.echo,
         retry_of=job.job_id,
     )
     await submit(services, again, [])

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.errors import NotFoundError
 from api.services import Services, services_of
+from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
@@ -29,14 +30,19 @@ async def list_models(request: Request) -> Response:
 
 
 async def retrieve_model(request: Request) -> Response:
-    model = _model(services_of(request))
-    if request.path_params["model"] != model["id"]:
+    services = services_of(request)
+    check_model(services.settings, request.path_params["model"])
+    return JSONResponse(_model(services))
+
+
+def check_model(settings: Settings, name: str | None) -> None:
+    """Raises NotFoundError for a model that is not ours. No name asks for ours."""
+    if name and name != settings.model_name:
         raise NotFoundError(
-            f"The model {request.path_params['model']!r} does not exist. This deployment serves {model['id']!r}.",
+            f"The model {name!r} does not exist. This deployment serves {settings.model_name!r}.",
             code="model_not_found",
             param="model",
         )
-    return JSONResponse(model)
 
 
 async def health(_: Request) -> Response:

@@ -60,7 +60,9 @@ async def feed(settings: Settings, at_once: int) -> None:
     """Runs until it is killed."""
     store = JobStore(connect(settings), settings)
     worker_id = f"feeder-{os.getpid()}-{secrets.token_hex(4)}"
-    heartbeat = Heartbeat(store, worker_id, {"agent": "feeder", "max_jobs": settings.max_jobs}, lambda: None)
+    heartbeat = Heartbeat(
+        store, worker_id, {"agent": "feeder", "max_jobs": settings.max_jobs}, list, on_lease_lost=lambda: None
+    )
     await heartbeat.start()
     loop = asyncio.get_running_loop()
     feeding: list[Feeding] = []

@@ -135,7 +135,6 @@ class Submission:
                 "messages": self.messages,
                 "owns_history": self.owns_history,
                 "params": self.params,
-                "echo": self.echo,
             }
         )
 
@@ -150,6 +149,8 @@ class Submission:
             "store": "1" if self.store else "0",
             "request_id": self.request_id,
         }
+        if self.echo:
+            fields["echo"] = json_bytes(self.echo)
         if self.background:
             fields["background"] = "1"
         if self.is_waited_for:
@@ -217,6 +218,8 @@ class JobRecord:
     def is_terminal(self) -> bool:
         return self.status in TERMINAL
 
+    echo: dict[str, Any]  # what the answer repeats of the request
+
     @property
     def created_s(self) -> int:
         """What the client is told as `created`, in seconds since the epoch."""
@@ -261,4 +264,5 @@ class JobRecord:
             lost=[LostAttempt(**lost) for lost in parse_json(fields.get(b"lost") or b"[]")],
             traceback=text(b"traceback"),
             retry_of=text(b"retry_of"),
+            echo=parse_json(fields[b"echo"]) if fields.get(b"echo") else {},
         )

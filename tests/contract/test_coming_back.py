@@ -272,7 +272,7 @@ def test_a_cancel_after_the_end_tells_how_it_ended(service: Deployment) -> None:
     with service.http() as http:
         answer = http.post(f"/v1/jobs/{job_id}/cancel")
         assert (answer.status_code, answer.json()["status"]) == (200, "succeeded")
-        assert http.get(f"/v1/jobs/{job_id}").json() == answer.json()
+        assert answer.json().items() <= http.get(f"/v1/jobs/{job_id}").json().items()
 
 
 def test_a_waiting_job_that_is_cancelled_never_starts(own_service: Start, tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_the_error_example_tells_whole_from_broken_off(tmp_path: Path, redis_url
     assert broken == "broken off after 'Hel': agent_error: The agent failed."
 
 
+def test_the_background_example_goes_on_where_it_was_left(tmp_path: Path, redis_url: str, prefix: str) -> None:
+    with deployed(tmp_path, redis_url, prefix, agent="echo") as service:
+        printed = run_example(service, "background").splitlines()
+    assert printed == ["Every word of this comes back.", printed[1], "And then?"]
+    assert re.fullmatch(r"completed, \d+ tokens", printed[1])
+
+
 @pytest.mark.parametrize(
     ("agent", "answers"),
     [
@@ -119,7 +126,7 @@ def test_the_example_agents_answer_and_remember_each_session(
 def test_every_example_is_tried_here() -> None:
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert names == {
-        *("hello", "stream_async", "upload", "errors"),
+        *("hello", "stream_async", "upload", "errors", "background"),
         *("my_agent", "generator_agent", "pydantic_agent", "langgraph_agent"),
     }
 
