@@ -30,6 +30,7 @@ from shared.settings import Settings
 from shared.store import JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import Errands, end_task
+from shared.webhooks import WebhookStore
 
 log = structlog.get_logger(__name__)
 
@@ -54,6 +55,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             settings=settings,
             store=store,
             files=FileStore(store.redis, settings),
+            webhooks=WebhookStore(store.redis, settings),
             switchboard=switchboard,
             errands=errands,
             started_s=int(time.time()),
@@ -85,6 +87,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/v1/chat/completions/{id}/stream", watch_completion),
             Route("/v1/jobs/{id}", jobs.retrieve),
             Route("/v1/jobs/{id}/events", jobs.events),
+            Route("/v1/jobs/{id}/webhook", jobs.webhook),
             Route("/v1/jobs/{id}/cancel", jobs.cancel, methods=["POST"]),
             Route("/v1/files", files.create, methods=["POST"]),
             Route("/v1/files", files.list_page, methods=["GET"]),

@@ -1,4 +1,4 @@
-"""Background jobs as such, whatever API they were asked for by: look at one, watch it, cancel it."""
+"""Background jobs as such, whatever API they were asked for by: look at one, watch it, cancel it; and its webhook."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from api.stored import find_job, starting_after
 from shared.connection import FAILURES, passes
 from shared.jobs import JobRecord, Status
 from shared.store import Ending
+from shared.webhooks import AttemptRecord, WebhookRecord, event_id
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +60,20 @@ async def events(request: Request) -> Response:
     return StreamedAnswer(Answer(services_of(request), job.job_id), encoder, starting_after=after)
 
 
+async def webhook(request: Request) -> Response:
+    """`GET /v1/jobs/{id}/webhook`: what became of telling the job's end. It may outlive the job."""
+    job_id: str = request.path_params["id"]
+    try:
+        record = await services_of(request).webhooks.record(job_id)
+    except FAILURES as error:
+        if not passes(error):
+            raise
+        raise QueueUnreachableError(may_have_started=False) from error
+    if record is None or record.tenant != request.scope["tenant"]:
+        raise NotFoundError(f"No webhook of a job {job_id[:100]!r}. It may have expired.")
+    return JSONResponse(webhook_object(record))
+
+
 def _last_event_id(request: Request) -> int | None:
     given = request.headers.get("last-event-id")
     if not given:
@@ -86,4 +101,29 @@ def job_object(job: JobRecord) -> dict[str, Any]:
         "usage": job.usage and job.usage._asdict(),
         "error": job.error and job.error._asdict(),
         "metadata": job.metadata,
+    }
+
+
+def webhook_object(webhook: WebhookRecord) -> dict[str, Any]:
+    """A job's webhook as the API shows it: never its secret, and the URL only if the request has named it."""
+    return {
+        "id": event_id(webhook.job_id),
+        "object": "webhook.delivery",
+        "job_id": webhook.job_id,
+        "status": webhook.state.value,
+        "type": webhook.event_type,
+        "url": webhook.url,
+        "next_attempt_ms": webhook.due_ms,
+        "attempts": [_attempt_object(attempt) for attempt in webhook.attempts],
+    }
+
+
+def _attempt_object(attempt: AttemptRecord) -> dict[str, Any]:
+    result = attempt.result
+    return {
+        "attempt": attempt.attempt,
+        "started_ms": attempt.started_ms,
+        "duration_ms": result and result.duration_ms,
+        "status_code": result and result.status_code,
+        "error": result and result.error,
     }

@@ -11,6 +11,7 @@ from shared.files import FileStore
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.tasks import Errands
+from shared.webhooks import WebhookStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,7 @@ class Services:
     settings: Settings
     store: JobStore
     files: FileStore
+    webhooks: WebhookStore
     switchboard: Switchboard
     errands: Errands
     started_s: int  # when this process started, seconds since the epoch

@@ -25,6 +25,8 @@ ScriptName = Literal[
     "put_file",
     "delete",
     "delete_file",
+    "claim_webhooks",
+    "settle_webhook",
 ]
 
 

@@ -9,4 +9,5 @@ if not is_terminal(status) then return 'unfinished' end
 -- A worker that has not said yet that it stopped keeps its slot and its session until the sweep frees them.
 if redis.call('ZSCORE', deadlines, id) then return 'unfinished' end
 redis.call('UNLINK', KEYS[1], request_key(id), attachments_key(id), stream_key(id))
+if redis.call('HGET', webhook_key(id), 'state') ~= 'pending' then redis.call('UNLINK', webhook_key(id)) end
 return 'done'

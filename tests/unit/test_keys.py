@@ -14,7 +14,7 @@ from shared.keys import Keys, lua_names
 
 IDS = ["chatcmpl-0123456789abcdef", "host-17-ab%s", "api:é 🙂", "%d%%"]
 
-SHARED = ("queue", "bell", "deadlines", "workers", "sweeper")
+SHARED = ("queue", "bell", "deadlines", "workers", "webhooks", "sweeper")
 PER_ID = {
     "job_key": "job",
     "request_key": "request",
@@ -23,6 +23,7 @@ PER_ID = {
     "file_bytes_key": "file_bytes",
     "stream_key": "stream",
     "stream_channel": "stream_channel",
+    "webhook_key": "webhook",
     "turns_key": "turns",
     "session_key": "session",
     "once_key": "once",
