@@ -6,6 +6,7 @@
 /hang-once        the same to the first request only
 /redirect         307 to /
 /endless          200 and a body that never ends
+/half             200 and the beginning of a body
 /refuse           closes the connection without an answer
 /garbage          answers what is not HTTP
 """
@@ -90,6 +91,12 @@ class _Handler(BaseHTTPRequestHandler):
                 with suppress(OSError):
                     while not endpoint.stopping.is_set():
                         self.wfile.write(b"x" * 65536)
+            case ["half"]:
+                self.send_response(200)
+                self.send_header("content-length", "2")
+                self.end_headers()
+                self.wfile.write(b"o")
+                endpoint.stopping.wait()
             case ["refuse"]:
                 self.connection.shutdown(socket.SHUT_RDWR)
             case ["garbage"]:

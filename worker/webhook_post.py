@@ -14,7 +14,6 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import httpcore2
 
@@ -23,8 +22,7 @@ from shared.webhooks import AttemptResult
 
 CONNECT_TIMEOUT_S = 5.0  # for one address
 MAX_ADDRESSES = 4  # of a name, that are tried one after the other
-MAX_BODY_BYTES = 64 * 1024
-BODY_TIMEOUT_S = 2.0
+MAX_REST_BYTES, REST_TIMEOUT_S = 64 * 1024, 2.0  # of an answer, behind its status line
 RESOLVING_THREADS = 16  # of their own: a name server that does not answer must not hold up the agents' threads
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -83,11 +81,22 @@ class WebhookPoster:
         """Sends it once, and never raises for what the endpoint does: the result says it."""
         loop = asyncio.get_running_loop()
         started_at = loop.time()
+        backend = CheckedBackend(self._resolve, public_only=public_only)
+        url = httpcore2.URL(scheme=to.scheme, host=to.host, port=to.port, target=to.target)
+        timeouts = {"connect": CONNECT_TIMEOUT_S, "read": self._timeout_s, "write": self._timeout_s}
         status_code: int | None = None
         error: str | None = None
         try:
-            async with asyncio.timeout(self._timeout_s):
-                status_code = await self._exchange(to, headers, body, public_only=public_only)
+            async with (
+                asyncio.timeout(self._timeout_s) as limit,
+                httpcore2.AsyncConnectionPool(self._tls, max_keepalive_connections=0, network_backend=backend) as pool,
+                pool.stream(
+                    "POST", url, headers=list(headers.items()), content=body, extensions={"timeout": timeouts}
+                ) as response,
+            ):
+                status_code = response.status
+                limit.reschedule(loop.time() + REST_TIMEOUT_S)
+                await _read_rest(response)
         except (TimeoutError, httpcore2.TimeoutException):
             error = "timeout"
         except AddressRefusedError:
@@ -100,30 +109,20 @@ class WebhookPoster:
             error = "connection_lost"
         except httpcore2.ProtocolError:
             error = "not_http"
+        if status_code is not None:
+            error = None
         return AttemptResult(status_code, error, round((loop.time() - started_at) * 1000))
-
-    async def _exchange(self, to: Destination, headers: Mapping[str, str], body: bytes, *, public_only: bool) -> int:
-        """The status code of the answer."""
-        backend = CheckedBackend(self._resolve, public_only=public_only)
-        url = httpcore2.URL(scheme=to.scheme, host=to.host, port=to.port, target=to.target)
-        timeouts = {"connect": CONNECT_TIMEOUT_S, "read": self._timeout_s, "write": self._timeout_s}
-        async with (
-            httpcore2.AsyncConnectionPool(self._tls, max_keepalive_connections=0, network_backend=backend) as pool,
-            pool.stream(
-                "POST", url, headers=list(headers.items()), content=body, extensions={"timeout": timeouts}
-            ) as response,
-        ):
-            with suppress(TimeoutError, httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError):
-                async with asyncio.timeout(BODY_TIMEOUT_S):
-                    read = 0
-                    async for part in response.aiter_stream():
-                        read += len(part)
-                        if read > MAX_BODY_BYTES:
-                            break
-            return response.status
 
     async def _look_up(self, host: str, port: int) -> list[str]:
         found = await asyncio.get_running_loop().run_in_executor(
             self._threads, lambda: socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
         )
         return [str(address[0]) for *_, address in found]
+
+
+async def _read_rest(response: httpcore2.Response) -> None:
+    read = 0
+    async for part in response.aiter_stream():
+        read += len(part)
+        if read > MAX_REST_BYTES:
+            return

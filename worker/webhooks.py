@@ -64,6 +64,8 @@ class WebhookDeliverer:
                     may_be_more = await self._start_due()
                 except FAILURES as error:
                     log.warning("webhooks_not_claimed", worker=self._worker_id, reason=str(error))
+                except Exception:  # one that cannot be read must not end the delivery of all others
+                    log.exception("webhooks_broken", worker=self._worker_id)
             if not may_be_more:
                 await asyncio.sleep(LOOK_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads the workers, no secret
 

@@ -73,15 +73,18 @@ end
 -- How many webhooks may be pending. More means that endpoints have been away for long; they must not fill the memory.
 local MAX_PENDING_WEBHOOKS = 100000
 
--- The webhook of a job, if it has one, becomes due with the job's end.
+-- The webhook of a job, if it has one, becomes due with the job's end. If too many are pending, the one that is due
+-- last is given up: it has failed most often.
 local function queue_webhook(id, status, payload, now)
   local keep_ms = redis.call('HGET', webhook_key(id), 'keep_ms')
   if not keep_ms then return end
-  local is_full = redis.call('ZCARD', webhooks) >= MAX_PENDING_WEBHOOKS
-  redis.call('HSET', webhook_key(id), 'state', is_full and 'given_up' or 'pending', 'status', status,
-             'marker', payload, 'ended_ms', int(now))
+  if redis.call('ZCARD', webhooks) >= MAX_PENDING_WEBHOOKS then
+    local last = redis.call('ZREVRANGE', webhooks, 0, 0)[1]
+    redis.call('ZREM', webhooks, last)
+    if redis.call('EXISTS', webhook_key(last)) == 1 then redis.call('HSET', webhook_key(last), 'state', 'given_up') end
+  end
+  redis.call('HSET', webhook_key(id), 'state', 'pending', 'status', status, 'marker', payload, 'ended_ms', int(now))
   redis.call('PEXPIRE', webhook_key(id), keep_ms)
-  if is_full then return end
   redis.call('ZADD', webhooks, int(now), id)
   redis.call('PEXPIRE', webhooks, int(math.max(redis.call('PTTL', webhooks), tonumber(keep_ms))))
 end

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import secrets
 from typing import Any
 
 import pytest
 
-from shared.entries import ErrorMarker
 from shared.jobs import JobKind, Status, WebhookTarget, new_job_id
 from shared.store import Deletion, JobStore
 from shared.webhooks import AttemptResult, Delivery, DeliveryState, WebhookRecord, WebhookStore, longest_delivery_ms
@@ -40,6 +38,13 @@ async def cancelled(store: JobStore, *, url: str = TARGET.url) -> str:
     job_id = await submitted(store, webhook=WebhookTarget(url=url, secret=SECRET))
     await store.cancel(job_id, "Not wanted.")
     return job_id
+
+
+async def several(store: JobStore, count: int) -> list[str]:
+    """The ids of jobs whose webhooks are due, in this order."""
+    ended = [await cancelled(store) for _ in range(count)]
+    await store.redis.zadd(store.keys.webhooks, {job_id: number for number, job_id in enumerate(ended)})
+    return ended
 
 
 async def overdue(store: JobStore, job_id: str) -> None:
@@ -238,13 +243,13 @@ async def test_a_webhook_that_kills_every_worker_is_given_up(make_store: MakeSto
 
 
 async def test_a_worker_gets_no_more_than_it_can_send(store: JobStore) -> None:
-    ended = [await cancelled(store) for _ in range(3)]
+    ended = await several(store, 3)
     assert [delivery.job_id for delivery in await due(store, 2)] == ended[:2], "those that are due for longest"
     assert [delivery.job_id for delivery in await due(store, 2)] == ended[2:]
 
 
 async def test_a_host_gets_no_more_than_its_share_and_holds_up_no_other(store: JobStore) -> None:
-    busy = [await cancelled(store) for _ in range(120)]
+    busy = await several(store, 120)
     other = await cancelled(store, url="https://other.example/")
     webhooks = webhooks_of(store)
     claimed = await webhooks.claim(100, on_their_way={"hooks.example": 3}, max_per_host=5)
@@ -306,11 +311,16 @@ async def test_the_record_of_the_job_and_its_request_hold_no_secret(store: JobSt
     assert SECRET not in repr(await webhook_of(store, job_id)) + repr(await record_of(store, job_id))
 
 
-async def test_endings_are_told_although_too_many_are_pending_as_given_up(store: JobStore) -> None:
-    pending = {f"resp_{secrets.token_hex(4)}{number}": 10**15 for number in range(100_000)}
-    await store.redis.zadd(store.keys.webhooks, pending)
-    job_id = await submitted(store, webhook=TARGET)
-    await store.end(job_id, Status.FAILED, ErrorMarker("agent_error", "The agent failed."))
-    assert (await webhook_of(store, job_id)).state is DeliveryState.GIVEN_UP
-    assert await store.redis.zscore(store.keys.webhooks, job_id) is None
-    await store.redis.delete(store.keys.webhooks)
+async def test_if_too_many_are_pending_the_one_that_is_due_last_is_given_up(store: JobStore) -> None:
+    waiting = await cancelled(store)
+    [delivery] = await due(store)
+    await webhooks_of(store).settle(delivery, FAILED, DeliveryState.PENDING, 3600)
+    await store.redis.zadd(store.keys.webhooks, {f"resp_{number:05}": 10**12 + number for number in range(99_999)})
+    job_id = await cancelled(store)
+    assert (await webhook_of(store, job_id)).state is DeliveryState.PENDING
+    assert (await webhook_of(store, waiting)).state is DeliveryState.GIVEN_UP
+    assert await store.redis.zscore(store.keys.webhooks, waiting) is None
+    await store.redis.zadd(store.keys.webhooks, {"resp_99998": 10**15})
+    await cancelled(store)  # what is due last has no hash any more, and gets none
+    assert await store.redis.zcard(store.keys.webhooks) == 100_000
+    assert not await store.redis.exists(store.keys.webhook("resp_99998"))

@@ -121,6 +121,7 @@ async def test_proxies_of_the_environment_are_not_used(endpoint: Endpoint, monke
         ("/status/500", 500, None),
         ("/redirect", 307, None),
         ("/endless", 200, None),
+        ("/half", 200, None),
         ("/refuse", None, "not_http"),
         ("/garbage", None, "not_http"),
     ],
