@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import secrets
@@ -13,8 +14,10 @@ import httpx
 import openai
 import pytest
 
+from shared.jobs import JobKind, WebhookTarget, new_job_id
 from tests.deployment import KEY, Deployment, Start, deployed, free_port, script, stream_until_error
 from tests.endpoints import Endpoint, serving
+from tests.jobs import a_submission
 from tests.waiting import wait_until
 from worker.webhooks import MAX_PER_HOST
 
@@ -150,6 +153,37 @@ def test_a_job_that_nobody_took_is_told_as_soon_as_there_is_a_worker(own_service
     service.start_worker()
     [received] = endpoint.wait_for()
     assert received.unwrap(SECRET).data.id == job_id
+
+
+@pytest.mark.parametrize(
+    ("steps", "event"),
+    [
+        ({"say": ["a"]}, "completed"),
+        ({"say": ["a"], "finish_reason": "length"}, "incomplete"),
+        ({"say": ["a"], "finish_reason": "content_filter"}, "incomplete"),
+        ({"then": "raise"}, "failed"),
+        ({"then": "hang"}, "cancelled"),
+    ],
+)
+async def test_a_response_is_told_as_openai_tells_it(
+    hooked: Deployment, endpoint: Endpoint, steps: dict[str, Any], event: str
+) -> None:
+    store = hooked.store()
+    job = a_submission(
+        new_job_id(JobKind.RESPONSE),
+        kind=JobKind.RESPONSE,
+        background=True,
+        messages=script(**steps),
+        webhook=WebhookTarget(url=endpoint.url()),
+    )
+    await store.submit(job)
+    if event == "cancelled":
+        await store.cancel(job.job_id, "Not wanted.")
+    await store.redis.aclose(close_connection_pool=True)
+    [received] = await asyncio.to_thread(endpoint.wait_for)
+    told = received.unwrap(SECRET)
+    assert (told.type, told.data.id) == (f"response.{event}", job.job_id)
+    assert type(told).__name__ == f"Response{event.capitalize()}WebhookEvent"
 
 
 # -- at least once -----------------------------------------------------------------------------------------------------
