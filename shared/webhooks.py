@@ -155,7 +155,7 @@ class WebhookRecord:
 
 class Claimed(NamedTuple):
     deliveries: list[Delivery]
-    may_be_more: bool  # that are due
+    more_are_due: bool  # and were left, for want of room or since their hosts are busy
     given_up: list[str]  # ids of the jobs whose last attempt nobody has settled
 
 
@@ -175,7 +175,7 @@ class WebhookStore:
 
     async def claim(self, limit: int, *, on_their_way: Mapping[str, int], max_per_host: int) -> Claimed:
         """Up to `limit` webhooks that are due. `on_their_way`: how many the worker is sending, by host."""
-        may_be_more, rows, given_up = await self._claim(
+        more_are_due, rows, given_up = await self._claim(
             [self._keys.webhooks],
             [
                 self._keys.prefix,
@@ -187,7 +187,7 @@ class WebhookStore:
                 *(part for pair in on_their_way.items() for part in pair),
             ],
         )
-        return Claimed([_delivery(*row) for row in rows], may_be_more == 1, [job_id.decode() for job_id in given_up])
+        return Claimed([_delivery(*row) for row in rows], more_are_due == 1, [job_id.decode() for job_id in given_up])
 
     async def settle(self, delivery: Delivery, result: AttemptResult, state: DeliveryState, pause_s: float = 0) -> bool:
         """Notes what became of an attempt. `PENDING`: it is tried again after `pause_s`. Idempotent.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from contextlib import suppress
 
 import structlog
 
@@ -23,9 +24,10 @@ from worker.webhook_post import WebhookPoster
 
 log = structlog.get_logger(__name__)
 
-MAX_ON_THEIR_WAY = 100  # webhooks that a worker sends at a time
-MAX_PER_HOST = 10  # of them, to one host
+MAX_ON_THEIR_WAY = 200  # webhooks that a worker sends at a time
+MAX_PER_HOST = 20  # of them, to one host
 LOOK_S = 0.5  # how often a worker looks for webhooks that are due
+LOOK_AGAIN_S = 0.05  # the same while it has left some behind
 STOP_S = 1.0  # what a stopping worker waits for those on their way
 _FINAL = frozenset({410})  # the endpoint does not want it, now or ever
 
@@ -38,6 +40,7 @@ class WebhookDeliverer:
         self._settings: Settings = webhooks.settings
         self._poster = poster
         self._worker_id = worker_id
+        self._stopping = asyncio.Event()
         self._on_their_way: dict[asyncio.Task[None], Delivery] = {}
 
     async def __aenter__(self) -> WebhookDeliverer:
@@ -45,6 +48,8 @@ class WebhookDeliverer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._stopping.set()
+        await asyncio.wait({self._loop_task}, timeout=STOP_S)  # what a claim on its way brings is put back, too
         await end_task(self._loop_task)
         if self._on_their_way:
             await asyncio.wait(self._on_their_way, timeout=STOP_S)
@@ -54,26 +59,28 @@ class WebhookDeliverer:
     async def _put_back(self, task: asyncio.Task[None], delivery: Delivery) -> None:
         """Stops an attempt, and leaves the webhook to the others at once."""
         await end_task(task)
+        if not task.cancelled():  # it has just come to its end, and is settled
+            return
         await self._settle(delivery, AttemptResult(None, "worker_stopped", 0), DeliveryState.PENDING, 0)
 
     async def _deliver_forever(self) -> None:
-        while True:
-            may_be_more = False
+        while not self._stopping.is_set():
+            pause_s = LOOK_S
             if len(self._on_their_way) < MAX_ON_THEIR_WAY:
                 try:
-                    may_be_more = await self._start_due()
+                    pause_s = LOOK_AGAIN_S if await self._start_due() else LOOK_S
                 except FAILURES as error:
                     log.warning("webhooks_not_claimed", worker=self._worker_id, reason=str(error))
                 except Exception:  # one that cannot be read must not end the delivery of all others
                     log.exception("webhooks_broken", worker=self._worker_id)
-            if not may_be_more:
-                await asyncio.sleep(LOOK_S * random.uniform(0.75, 1.25))  # noqa: S311  # spreads the workers, no secret
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s * random.uniform(0.75, 1.25)):  # noqa: S311  # spreads the workers
+                    await self._stopping.wait()
 
     async def _start_due(self) -> bool:
-        """Begins to deliver what is due, as far as there is room. Whether to look again at once."""
-        room = MAX_ON_THEIR_WAY - len(self._on_their_way)
+        """Begins to deliver what is due, as far as there is room. Whether more is due."""
         claimed = await self._webhooks.claim(
-            room,
+            MAX_ON_THEIR_WAY - len(self._on_their_way),
             on_their_way=Counter(delivery.host for delivery in self._on_their_way.values()),
             max_per_host=MAX_PER_HOST,
         )
@@ -83,7 +90,7 @@ class WebhookDeliverer:
             task = asyncio.create_task(self._deliver(delivery))
             self._on_their_way[task] = delivery
             task.add_done_callback(self._forget)
-        return claimed.may_be_more and len(claimed.deliveries) < room
+        return claimed.more_are_due
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         del self._on_their_way[task]

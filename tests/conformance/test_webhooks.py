@@ -249,18 +249,34 @@ async def test_a_worker_gets_no_more_than_it_can_send(store: JobStore) -> None:
 
 
 async def test_a_host_gets_no_more_than_its_share_and_holds_up_no_other(store: JobStore) -> None:
-    busy = await several(store, 120)
+    busy = await several(store, 10)
     other = await cancelled(store, url="https://other.example/")
     webhooks = webhooks_of(store)
     claimed = await webhooks.claim(100, on_their_way={"hooks.example": 3}, max_per_host=5)
-    assert [delivery.job_id for delivery in claimed.deliveries] == busy[:2]
-    assert claimed.may_be_more
-    claimed = await webhooks.claim(98, on_their_way={"hooks.example": 5}, max_per_host=5)
-    assert [delivery.job_id for delivery in claimed.deliveries] == [other]
-    assert not claimed.may_be_more
-    postponed = await webhook_of(store, busy[2])
-    assert postponed.attempts == [], "to make room is no attempt"
-    assert postponed.due_ms is not None
+    assert [delivery.job_id for delivery in claimed.deliveries] == [*busy[:2], other]
+    assert claimed.more_are_due
+    passed_over = await webhook_of(store, busy[2])
+    assert (passed_over.attempts, passed_over.due_ms) == ([], 2), "it keeps its place"
+    claimed = await webhooks.claim(100, on_their_way={}, max_per_host=20)
+    assert [delivery.job_id for delivery in claimed.deliveries] == busy[2:]
+    assert not claimed.more_are_due
+
+
+async def test_a_host_with_more_than_can_be_looked_at_holds_up_no_other(store: JobStore) -> None:
+    hidden = await cancelled(store, url="https://other.example/")
+    busy = await cancelled(store)
+    copies = {f"{busy}{number}": number for number in range(1000)}
+    async with store.redis.pipeline(transaction=False) as pipe:
+        for job_id in copies:
+            pipe.hset(store.keys.webhook(job_id), mapping={"state": "pending", "host": "hooks.example"})
+            pipe.pexpire(store.keys.webhook(job_id), 60_000)
+        await pipe.execute()
+    await store.redis.zadd(store.keys.webhooks, copies)
+    webhooks = webhooks_of(store)
+    claimed = await webhooks.claim(100, on_their_way={"hooks.example": 5}, max_per_host=5)
+    assert (claimed.deliveries, claimed.more_are_due) == ([], True)
+    claimed = await webhooks.claim(100, on_their_way={"hooks.example": 5}, max_per_host=5)
+    assert [delivery.job_id for delivery in claimed.deliveries] == [hidden]
 
 
 # -- no key outlives its purpose ---------------------------------------------------------------------------------------
