@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from api import files, jobs, operations, responses, stored_completions
+from api import files, job_webhook, jobs, operations, responses, stored_completions
 from api.chat import create_completion, watch_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
@@ -32,6 +32,7 @@ from shared.settings import Settings
 from shared.store import JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import Errands, end_task
+from shared.webhooks import WebhookStore
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +58,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             store=store,
             index=JobIndex(store),
             files=FileStore(store.redis, settings),
+            webhooks=WebhookStore(store.redis, settings),
             switchboard=switchboard,
             errands=errands,
             started_s=int(time.time()),
@@ -104,6 +106,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/v1/jobs/retry", jobs.bulk_retry, methods=["POST"]),
             _route("/v1/jobs/{id}", GET=jobs.retrieve, DELETE=jobs.delete),
             Route("/v1/jobs/{id}/events", jobs.events),
+            Route("/v1/jobs/{id}/webhook", job_webhook.retrieve),
             Route("/v1/jobs/{id}/cancel", jobs.cancel, methods=["POST"]),
             Route("/v1/jobs/{id}/retry", jobs.retry, methods=["POST"]),
             Route("/v1/queue", operations.queue),

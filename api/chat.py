@@ -19,6 +19,7 @@ from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
 from api.submit import check_uploaded, forget, submit
 from api.system import check_model
+from api.webhook_request import webhook_target
 from shared.jobs import JobKind, new_job_id
 from shared.text import json_bytes
 
@@ -47,6 +48,7 @@ async def create_completion(request: Request) -> Response:
         is_waited_for=is_waited_for,
         patience_ms=None if chat.stream or not is_waited_for else patience_ms(request),
         once=await once(request, body),
+        webhook=webhook_target(chat.webhook, settings),
     )
     accepted = await submit(services, job, detached.attachments)
     answer = Answer(services, accepted.job_id, waits=is_waited_for, may_come_back=is_from_sdk(request))

@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from api.errors import InvalidRequestError
-from shared.jobs import Once, Submission, session_key
+from api.webhook_request import WebhookRequest
+from shared.jobs import Once, Submission, WebhookTarget, session_key
 from shared.settings import DEFAULT_TENANT
 
 MAX_ELEMENTS = 10_000  # messages, and parts and tool calls of all messages together
@@ -166,6 +167,7 @@ class ChatRequest(Strict):
     store: bool | None = None
     user: str | None = Field(None, max_length=512)
     n: Literal[1] | None = None
+    webhook: WebhookRequest | None = None  # ours: where the job's end is told
 
     @field_validator("session_id")
     @classmethod
@@ -239,6 +241,7 @@ def submission(
     is_waited_for: bool = False,
     patience_ms: int | None = None,
     once: Once | None = None,
+    webhook: WebhookTarget | None = None,
 ) -> Submission:
     """The job that a checked request asks for.
 
@@ -263,6 +266,7 @@ def submission(
         is_waited_for=is_waited_for,
         patience_ms=patience_ms,
         once=once,
+        webhook=webhook,
     )
 
 

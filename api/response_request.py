@@ -32,7 +32,8 @@ from api.chat_request import (
 )
 from api.errors import ApiError, InvalidRequestError
 from api.response_objects import Echo
-from shared.jobs import Attachment, JobKind, Once, Submission, session_key
+from api.webhook_request import WebhookRequest
+from shared.jobs import Attachment, JobKind, Once, Submission, WebhookTarget, session_key
 
 Name = Annotated[str, StringConstraints(max_length=512)]
 Message = dict[str, Any]  # a chat message
@@ -259,6 +260,7 @@ class ResponseRequest(Strict):
     background: bool | None = None
     store: bool | None = None
     on_disconnect: Literal["cancel", "continue"] = "cancel"  # ours, as for chat completions
+    webhook: WebhookRequest | None = None  # ours: where the job's end is told
     metadata: dict[MetadataKey, MetadataValue] | None = Field(None, max_length=MAX_METADATA_PAIRS)
     include: list[str] | None = None
     tools: list[FunctionTool] | None = None
@@ -514,6 +516,7 @@ def submission(
     is_waited_for: bool,
     patience_ms: int | None,
     once: Once | None,
+    webhook: WebhookTarget | None,
 ) -> Submission:
     """The job that a checked request asks for: `new` are the messages of its input, without their files.
 
@@ -543,6 +546,7 @@ def submission(
         is_waited_for=is_waited_for,
         patience_ms=patience_ms,
         once=once,
+        webhook=webhook,
         echo=Echo(_echoed(request, body), len(before)).to_json(),
     )
 

@@ -40,6 +40,7 @@ from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
 from api.submit import check_uploaded, forget, submit
 from api.system import check_model
+from api.webhook_request import webhook_target
 from shared.jobs import JobKind, new_job_id
 from shared.store import Deletion
 from shared.text import json_bytes
@@ -74,6 +75,7 @@ async def create(request: Request) -> Response:
         is_waited_for=is_waited_for,
         patience_ms=None if asked.stream or not is_waited_for else patience_ms(request),
         once=await once(request, body),
+        webhook=webhook_target(asked.webhook, settings),
     )
     accepted = await submit(services, job, detached.attachments)
     head = ResponseHead.of_submission(job, job_id=accepted.job_id, created_s=accepted.created_s)

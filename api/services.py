@@ -16,6 +16,7 @@ from shared.index import JobIndex
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.tasks import Errands
+from shared.webhooks import WebhookStore
 
 T = TypeVar("T")
 
@@ -26,6 +27,7 @@ class Services:
     store: JobStore
     index: JobIndex
     files: FileStore
+    webhooks: WebhookStore
     switchboard: Switchboard
     errands: Errands
     started_s: int  # when this process started, seconds since the epoch

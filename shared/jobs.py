@@ -79,6 +79,14 @@ class Once:
     join: Join
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookTarget:
+    """Where a request wants its job's end to be told, instead of the deployment's own endpoint."""
+
+    url: str  # checked by shared/destinations.py
+    secret: str | None = field(default=None, repr=False)  # `whsec_…`; None: signed with the deployment's
+
+
 class Attachment(NamedTuple):
     """What a stored request holds in the place of a file that came inside of it."""
 
@@ -122,6 +130,7 @@ class Submission:
     is_waited_for: bool = False  # by a client; the job is not started without one, and ends when it goes away
     patience_ms: int | None = None  # how long that client waits for the first byte of its answer; None: we do not know
     once: Once | None = None  # None: a request of its own
+    webhook: WebhookTarget | None = None  # None: the deployment's endpoint, if there is one
     echo: dict[str, Any] = field(default_factory=dict)  # what the answer repeats of the request, as its API wants it
     retry_of: str = ""  # id of the job that this one asks for again; "" if none
 

@@ -18,6 +18,7 @@ _PER_ID = {
     "stream_key": "%s:{%s}:stream",  # stream: what the agent said, and how it ended
     "packing_key": "%s:{%s}:packing",  # stream: what is to take its place, packed, while it is being made
     "stream_channel": "%s:{%s}:stream",  # pub/sub: every entry of that stream, as it is appended
+    "webhook_key": "%s:{%s}:webhook",  # hash: where the job's end is told, and what became of telling it
     # What follows the kind is the session's own name, whatever it holds: no other key begins like these two.
     "turns_key": "%s:turns:%s",  # list: ids of a session's unfinished turns, oldest first; the head may run
     "session_key": "%s:session:%s",  # string: the session state, as the last whole turn left it
@@ -39,6 +40,7 @@ _SHARED = {
     "queue": "%s:queue",  # sorted set, arq's queue: ids of the jobs that may be claimed, by the instant since when
     "bell": "%s:bell",  # list: holds a token while the queue may hold a claimable job
     "deadlines": "%s:deadlines",  # sorted set: ids of all unfinished jobs, by the instant they must have moved on
+    "webhooks": "%s:webhooks",  # sorted set: ids of the ended jobs whose webhook is pending, by the instant it is due
     "workers": "%s:workers",  # sorted set: ids of the workers, by the instant their lease ends
     "paused": "%s:paused",  # string: there while the queue is paused; who paused it
     "audit": "%s:audit",  # stream: what operators did
@@ -64,6 +66,10 @@ class Keys:
     @property
     def deadlines(self) -> str:
         return _SHARED["deadlines"] % self.prefix
+
+    @property
+    def webhooks(self) -> str:
+        return _SHARED["webhooks"] % self.prefix
 
     @property
     def workers(self) -> str:
@@ -102,6 +108,9 @@ class Keys:
 
     def stream_channel(self, job_id: str) -> str:
         return _PER_ID["stream_channel"] % (self.prefix, job_id)
+
+    def webhook(self, job_id: str) -> str:
+        return _PER_ID["webhook_key"] % (self.prefix, job_id)
 
     def turns(self, session: str) -> str:
         return _PER_ID["turns_key"] % (self.prefix, session)

@@ -9,7 +9,15 @@ import structlog
 
 from shared.settings import Settings
 
-QUIET = ("arq", "asyncio", "httpcore", "httpx", "openai")  # libraries whose INFO lines repeat ours, or name URLs
+QUIET = (
+    "arq",
+    "asyncio",
+    "httpcore",
+    "httpcore2",
+    "httpx",
+    "httpx2",
+    "openai",
+)  # libraries whose INFO lines repeat ours, or name URLs
 
 
 def configure(settings: Settings) -> None:

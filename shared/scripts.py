@@ -29,6 +29,8 @@ ScriptName = Literal[
     "describe",
     "list_jobs",
     "count_jobs",
+    "claim_webhooks",
+    "settle_webhook",
 ]
 
 

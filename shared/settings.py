@@ -13,7 +13,9 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from shared.destinations import destination
 from shared.sentinel import is_sentinel_url, parse_sentinel_url
+from shared.signing import signing_key
 
 DEFAULT_TENANT = "default"  # of keys without a name, and of a deployment without keys
 _TENANT = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -122,6 +124,27 @@ class Settings(BaseSettings):
     inspect_content: bool = Field(
         True, description="Whether `/v1/jobs/{id}` and the dashboard show what was asked and answered."
     )
+    webhook_url: str = Field("", description="Where the end of every job is told. Empty: only where a request says so.")
+    webhook_secret: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="What webhooks are signed with: `whsec_` and the base64 of 24 to 64 bytes. Of several, "
+        "comma-separated, each signs, so that a secret can be changed.",
+    )
+    webhook_allow_private: bool = Field(
+        False,
+        description="Whether requests may have their webhooks sent to private addresses, and over http. The "
+        "deployment's own may always go there.",
+    )
+    webhook_timeout_s: float = Field(15, gt=0, le=300, description="How long an endpoint may take to answer a webhook.")
+    webhook_max_attempts: int = Field(10, ge=1, le=20, description="How often a webhook is sent before it is given up.")
+    webhook_retry_s: float = Field(
+        5,
+        gt=0,
+        le=3600,
+        description="How long after its first failure a webhook is sent again. Each later wait is four times as long, "
+        "up to 6 hours.",
+    )
+
     log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least severe line logged.")
 
@@ -136,7 +159,7 @@ class Settings(BaseSettings):
             )
         return url
 
-    @field_validator("api_keys", "admin_keys", "cors_origins", mode="before")
+    @field_validator("api_keys", "admin_keys", "cors_origins", "webhook_secret", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):
@@ -159,6 +182,28 @@ class Settings(BaseSettings):
                 raise ValueError(f"the key of entry {number} belongs to two tenants")
         return entries
 
+    @field_validator("webhook_url")
+    @classmethod
+    def _webhook_url_is_one(cls, url: str) -> str:
+        if url:
+            destination(url, public_only=False)
+        return url
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _webhook_secrets_are_keys(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for secret in secrets:
+            signing_key(secret.get_secret_value())
+        return secrets
+
+    @model_validator(mode="after")
+    def _require_webhook_secret(self) -> Settings:
+        if self.webhook_url and not self.webhook_secret:
+            raise ValueError(
+                "ENDMARK_WEBHOOK_URL needs ENDMARK_WEBHOOK_SECRET: without it nobody could tell who sent a webhook"
+            )
+        return self
+
     @model_validator(mode="after")
     def _require_keys_beyond_loopback(self) -> Settings:
         if not self.api_keys and not is_loopback(self.host):
@@ -178,6 +223,11 @@ class Settings(BaseSettings):
     def tenant_keys(self) -> tuple[TenantKey, ...]:
         """Every API key with its tenant."""
         return tuple(_tenant_key(entry) for entry in self.api_keys)
+
+    @cached_property
+    def webhook_keys(self) -> tuple[bytes, ...]:
+        """What the deployment's webhooks are signed with."""
+        return tuple(signing_key(secret.get_secret_value()) for secret in self.webhook_secret)
 
 
 def _tenant_key(entry: SecretStr) -> TenantKey:

@@ -24,6 +24,7 @@ from shared.keys import Keys
 from shared.packs import Row, entries_from_row
 from shared.settings import Settings
 from shared.text import json_bytes, parse_json
+from shared.webhooks import longest_delivery_ms, webhook_fields
 
 SWEEP_LIMIT = 100  # passed deadlines that one sweep looks at; the next one goes on where it stopped
 
@@ -174,6 +175,7 @@ class JobStore:
             once.name and f"{job.tenant}:{once.name}",
             once.body_digest,
             once.join.value,
+            *self._webhook_args(job),
             *_flatten(job.record_fields()),
         )
         if answer in (b"queue_full", b"session_full"):
@@ -182,6 +184,14 @@ class JobStore:
             raise OtherBodyError(job.job_id)
         what, job_id, accepted_ms = answer
         return Accepted(job_id.decode(), what == b"accepted", int(accepted_ms))
+
+    def _webhook_args(self, job: Submission) -> list[str | bytes | int]:
+        fields = webhook_fields(job, self.settings)
+        if fields is None:
+            return [0]
+        ttl_ms = self._unfinished_ms + longest_delivery_ms(self.settings)
+        args: list[str | bytes | int] = [ttl_ms, *_flatten(fields)]
+        return [len(args), *args]
 
     async def forget(self, tenant: str, once: Once, job_id: str) -> None:
         """The request has its answer: the next one that looks the same is another one."""

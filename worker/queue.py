@@ -35,12 +35,15 @@ from shared.store import Claim, IdleDeadline, JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
+from shared.webhooks import WebhookStore
 from worker.agents.contract import Agent
 from worker.compactor import Compactor
 from worker.liveness import Heartbeat
 from worker.orders import follow_orders
 from worker.publisher import Publisher
 from worker.run import ABANDON_S, CLEAN_UP_S, Run, Stop
+from worker.webhook_post import WebhookPoster
+from worker.webhooks import WebhookDeliverer
 
 log = structlog.get_logger(__name__)
 
@@ -115,6 +118,9 @@ class QueueWorker(Worker):
         self._services.push_async_callback(heartbeat.stop)
         await self._services.enter_async_context(self.publisher)  # closed before the lease may end
         await self._services.enter_async_context(self.compactor)
+        webhooks = WebhookStore(self.store.redis, self.settings)
+        poster = WebhookPoster(timeout_s=self.settings.webhook_timeout_s)
+        await self._services.enter_async_context(WebhookDeliverer(webhooks, poster, self.worker_id))
         for service in (
             follow_primary(self.store.redis),
             sweep_forever(self.store),

@@ -131,6 +131,25 @@ local function release(id, now)
   end
 end
 
+-- How many webhooks may be pending. More means that endpoints have been away for long; they must not fill the memory.
+local MAX_PENDING_WEBHOOKS = 100000
+
+-- The webhook of a job, if it has one, becomes due with the job's end. If too many are pending, the one that is due
+-- last is given up: it has failed most often.
+local function queue_webhook(id, status, payload, now)
+  local keep_ms = redis.call('HGET', webhook_key(id), 'keep_ms')
+  if not keep_ms then return end
+  if redis.call('ZCARD', webhooks) >= MAX_PENDING_WEBHOOKS then
+    local last = redis.call('ZREVRANGE', webhooks, 0, 0)[1]
+    redis.call('ZREM', webhooks, last)
+    if redis.call('EXISTS', webhook_key(last)) == 1 then redis.call('HSET', webhook_key(last), 'state', 'given_up') end
+  end
+  redis.call('HSET', webhook_key(id), 'state', 'pending', 'status', status, 'marker', payload, 'ended_ms', int(now))
+  redis.call('PEXPIRE', webhook_key(id), keep_ms)
+  redis.call('ZADD', webhooks, int(now), id)
+  redis.call('PEXPIRE', webhooks, int(math.max(redis.call('PTTL', webhooks), tonumber(keep_ms))))
+end
+
 -- Appends the marker and makes the job terminal. The append comes first: if Redis refuses it, nothing has changed.
 local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
   redis.call('XADD', stream_key(id), entry_id, kind, payload)
@@ -152,6 +171,7 @@ local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
   redis.call('UNLINK', attachments_key(id))
   redis.call('PEXPIRE', stream_key(id), retention_ms)
   redis.call('PUBLISH', stream_channel(id), entry_id .. ' ' .. kind .. ' ' .. payload)
+  queue_webhook(id, status, payload, now)
 end
 
 -- The job has ended, but may still execute: whoever executes it releases it, or the sweep does after a while.

@@ -13,4 +13,5 @@ if redis.call('ZSCORE', deadlines, id) then return 'unfinished' end
 redis.call('UNLINK', KEYS[1], request_key(id), attachments_key(id), stream_key(id))
 redis.call('ZREM', shelf_key(shelf_of(tenant, kind, store, status, error_code(error), model)), id)
 take_from_sets(id, tenant, session, worker, pairs_of_job or '')
+if redis.call('HGET', webhook_key(id), 'state') ~= 'pending' then redis.call('UNLINK', webhook_key(id)) end
 return 'done'

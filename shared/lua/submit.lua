@@ -3,7 +3,8 @@
 -- ARGV: 1 prefix, 2 job id, 3 session key or '', 4 arq's job payload, 5 the request, 6 queue timeout in ms,
 --       7 time to live of an unfinished job in ms, 8 most unfinished jobs, 9 most turns of a session,
 --       10 name of a request that may come twice or '', 11 digest of its body, 12 when it joins the job of the one
---       before: 'always' | 'unless_failed' | 'never', 13.. fields and values of the record
+--       before: 'always' | 'unless_failed' | 'never', 13 how many arguments describe the webhook, 0: the job has none,
+--       14 its time to live in ms, then its fields and values, then fields and values of the record
 -- Returns {'accepted', job id, accepted ms}, or without a new job: {'duplicate' | 'joined', job id, accepted ms} |
 -- 'other_body' | 'queue_full' | 'session_full'.
 
@@ -32,8 +33,12 @@ if session ~= '' and redis.call('LLEN', turns_key(session)) >= tonumber(ARGV[9])
 local now = now_ms()
 local deadline = now + tonumber(ARGV[6])
 redis.call('HSET', KEYS[1], 'status', 'queued', 'session', session, 'attempt', '0', 'worker', '',
-           'accepted_ms', int(now), 'deadline_ms', int(deadline), unpack(ARGV, 13))
+           'accepted_ms', int(now), 'deadline_ms', int(deadline), unpack(ARGV, 14 + tonumber(ARGV[13])))
 redis.call('PEXPIRE', KEYS[1], ttl_ms)
+if ARGV[13] ~= '0' then
+  redis.call('HSET', webhook_key(id), unpack(ARGV, 15, 13 + tonumber(ARGV[13])))
+  redis.call('PEXPIRE', webhook_key(id), ARGV[14])
+end
 redis.call('SET', request_key(id), ARGV[5], 'PX', ttl_ms)
 redis.call('PEXPIRE', attachments_key(id), ttl_ms)
 redis.call('SET', arq_job_key(id), ARGV[4], 'PX', ttl_ms)
@@ -41,7 +46,7 @@ redis.call('ZADD', deadlines, int(deadline), id)
 if once ~= '' then redis.call('SET', once_key(once), id .. ' ' .. ARGV[11], 'PX', ttl_ms) end
 
 local job, lasts_ms = {}, tonumber(ttl_ms)
-for i = 13, #ARGV, 2 do job[ARGV[i]] = ARGV[i + 1] end
+for i = 14 + tonumber(ARGV[13]), #ARGV, 2 do job[ARGV[i]] = ARGV[i + 1] end
 put_on_shelf(shelf_of(job.tenant, job.kind, job.store, 'queued', '', job.model), id, int(now), lasts_ms)
 if session ~= '' then put_among(session_jobs_key(session), id, int(now), lasts_ms) end
 put_among_pairs(job.tenant, job.pairs, id, int(now), lasts_ms)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -14,8 +15,8 @@ import pytest
 
 from cli.main import main
 from shared.settings import Settings
-from tests.deployment import KEY, Deployment, deployed
-from tests.processes import ROOT
+from tests.deployment import KEY, Deployment, deployed, free_port
+from tests.processes import ROOT, running
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.md")])
@@ -51,6 +52,30 @@ def test_hello_prints_what_the_readme_shows(tmp_path: Path, redis_url: str, pref
     shown = _CODE_BLOCK.search(after_snippet)
     assert shown
     assert printed == shown[2]
+
+
+def test_the_receiver_prints_what_it_is_told(tmp_path: Path, redis_url: str, prefix: str) -> None:
+    secret, port = "whsec_" + "A" * 32, free_port()
+    command = [sys.executable, "-W", "error", "examples/webhook_receiver.py"]
+    with ExitStack() as stack:
+        receiver = stack.enter_context(
+            running(command, folder=tmp_path, env={"WEBHOOK_SECRET": secret, "PORT": str(port)})
+        )
+        (tmp_path / "service").mkdir()
+        service = stack.enter_context(
+            deployed(
+                tmp_path / "service",
+                redis_url,
+                prefix,
+                agent="echo",
+                webhook_url=f"http://127.0.0.1:{port}/",
+                webhook_secret=secret,
+                webhook_retry_s=0.1,
+            )
+        )
+        with service.client() as client:
+            answer = client.chat.completions.create(model="endmark", messages=[{"role": "user", "content": "Hello"}])
+        receiver.wait_for_output(f"chat.completion.completed {answer.id}\n")
 
 
 def test_the_concurrent_streams_are_all_whole(tmp_path: Path, redis_url: str, prefix: str) -> None:
@@ -126,7 +151,7 @@ def test_the_example_agents_answer_and_remember_each_session(
 def test_every_example_is_tried_here() -> None:
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert names == {
-        *("hello", "stream_async", "upload", "errors", "background"),
+        *("hello", "stream_async", "upload", "errors", "background", "webhook_receiver"),
         *("my_agent", "generator_agent", "pydantic_agent", "langgraph_agent"),
     }
 

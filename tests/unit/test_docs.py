@@ -51,8 +51,9 @@ def test_the_protocol_gives_the_http_status_of_a_code(code: ErrorCode) -> None:
 
 def test_the_protocol_names_every_key_and_channel() -> None:
     keys = Keys("P")
-    names = {keys.queue, keys.bell, keys.deadlines, keys.workers, keys.sweeper}
+    names = {keys.queue, keys.bell, keys.deadlines, keys.workers, keys.sweeper, keys.webhooks}
     names |= {keys.job("J"), keys.request("J"), keys.stream("J"), keys.stream_channel("J"), keys.packing("J")}
+    names |= {keys.webhook("J")}
     names |= {keys.worker("W"), keys.worker_jobs("W"), keys.worker_channel("W"), keys.turns("S"), keys.session("S")}
     assert [name for name in names if f"`{name}`" not in PROTOCOL] == []
 

@@ -14,7 +14,7 @@ from shared.keys import Keys, lua_names
 
 IDS = ["chatcmpl-0123456789abcdef", "host-17-ab%s", "api:é 🙂", "%d%%"]
 
-SHARED = ("queue", "bell", "deadlines", "workers", "paused", "audit", "sweeper", "shelves")
+SHARED = ("queue", "bell", "deadlines", "workers", "webhooks", "paused", "audit", "sweeper", "shelves")
 PER_ID = {
     "job_key": "job",
     "request_key": "request",
@@ -24,6 +24,7 @@ PER_ID = {
     "stream_key": "stream",
     "packing_key": "packing",
     "stream_channel": "stream_channel",
+    "webhook_key": "webhook",
     "turns_key": "turns",
     "session_key": "session",
     "once_key": "once",

@@ -51,6 +51,7 @@ def submitted(
         is_waited_for=True,
         patience_ms=None,
         once=None,
+        webhook=None,
     )
 
 

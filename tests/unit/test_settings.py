@@ -77,6 +77,12 @@ def test_what_counts_as_this_machine(host: str, loopback: bool) -> None:
         {"default_session": "a\nb"},
         {"model_name": ""},
         {"log_level": "LOUD"},
+        {"webhook_url": "https://example.org/"},
+        {"webhook_url": "example.org", "webhook_secret": "whsec_" + "A" * 32},
+        {"webhook_secret": "sesame"},
+        {"webhook_secret": "whsec_" + "A" * 32 + ",sesame"},
+        {"webhook_max_attempts": 0},
+        {"webhook_retry_s": 0},
     ],
     ids=repr,
 )
