@@ -15,23 +15,34 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from api import files
 from api.chat import create_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.services import Services
+from api.sse import SERVER_SEND
 from api.system import health, list_models, ready, retrieve_model
 from api.tail import Switchboard
 from shared import logs
 from shared.connection import connect
 from shared.files import FileStore
+from shared.garbage import collect_less
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 
 log = structlog.get_logger(__name__)
+
+
+class _App(Starlette):
+    """Remembers the server's own `send`: what middleware puts around it costs a stream something with every token."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[SERVER_SEND] = send
+        await super().__call__(scope, receive, send)
 
 
 def create_app(settings: Settings | None = None) -> Starlette:
@@ -56,6 +67,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
         )
         async with switchboard:
             sweeper = asyncio.create_task(sweep_forever(store))
+            collect_less()
             log.info("api_started", model=settings.model_name)
             yield
             await end_task(sweeper)
@@ -74,7 +86,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             )
         )
     middleware += [Middleware(ErrorMiddleware), Middleware(AuthMiddleware, settings=settings)]
-    app = Starlette(
+    app = _App(
         routes=[
             Route("/v1/chat/completions", create_completion, methods=["POST"]),
             Route("/v1/files", files.create, methods=["POST"]),

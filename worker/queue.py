@@ -25,6 +25,7 @@ from arq.worker import Worker, func
 from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, try_for
 from shared.entries import ErrorMarker
 from shared.files import FileStore
+from shared.garbage import collect_less
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
 from shared.settings import Settings
@@ -112,6 +113,7 @@ class QueueWorker(Worker):
             follow_orders(self.store, self.worker_id, on_stop=self._on_stop_order, on_connected=self._drop_ended_runs),
         ):
             self._services.push_async_callback(end_task, asyncio.create_task(service))
+        collect_less()
         log.info("worker_started", worker=self.worker_id, agent=self.agent.name, max_jobs=self.max_jobs)
         await insist(super().main)  # which asks Redis for its version, and from then on outlives its absence
 
