@@ -3,7 +3,7 @@
 Rule 1: the stream is the truth. Pub/sub carries the same entries faster, and is believed only where it continues what
         the stream has told.
 Rule 2: a reader reads the stream when it begins, after every (re)connection of pub/sub, when an entry does not follow
-        the one before, and when nothing has come for a while.
+        the one before, and when nothing has come for a while but the stream has something to tell.
 Rule 3: an entry that is missing from the stream itself is an error, never skipped.
 Rule 4: a reader that waits may have what it waits for pushed: then an entry reaches it in the very turn of the event
         loop in which it was heard. What cannot be pushed ends the wait, and the reader goes on as rule 2 says.
@@ -37,7 +37,9 @@ log = structlog.get_logger(__name__)
 
 PAGE_ENTRIES = 100  # how many entries one read returns at most
 PAGE_BYTES = 1024 * 1024  # what one read is to return, as far as the entries before it foretell
-QUIET_S = 15.0  # how long a silent stream is trusted to be silent
+QUIET_S = 15.0  # how long a silent stream is trusted to be silent; then one question is asked for all that are
+LATE_S = 5.0  # how long after that a reader waits for the answer before it asks for itself
+LOOK_STREAMS = 500  # how many silent streams one question is asked for
 DEAF_S = 0.25  # the same while pub/sub is not connected
 RECONNECT_S = 0.1
 GOODBYE_S = 2.0  # how long a stopping process waits for its last readers
@@ -165,7 +167,7 @@ class Tail:
         self._woken.clear()
         if self._heard or self._must_read or self._interrupted.is_set():
             return
-        quiet_until = self._trusted_at + self._switchboard.quiet_s
+        quiet_until = self._trusted_at + self._switchboard.quiet_s + LATE_S * self._switchboard.is_connected
         if quiet_until <= now:
             self._must_read = True
             return
@@ -174,6 +176,15 @@ class Tail:
                 await self._woken.wait()
         except TimeoutError:
             pass  # `next` looks at the clock again
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether it has waited so long that something may have been missed."""
+        return not self._must_read and now >= self._trusted_at + QUIET_S
+
+    def trust(self, cursor: EntryId, now: float) -> None:
+        """At this moment nothing was behind this entry."""
+        if cursor == self.cursor:
+            self._trusted_at = now
 
     def _take_heard(self) -> list[Entry]:
         """What was heard, as far as it follows the cursor. Asks for a read where it does not."""
@@ -234,7 +245,7 @@ class Switchboard:
         self._nobody_follows.set()
         self._spoken_to: dict[Tail, None] = {}  # who has heard something since the last `heard_all`
         self._wire: ListenWire | None = None  # None while it is not connected
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     @staticmethod
     def now() -> float:
@@ -242,7 +253,8 @@ class Switchboard:
         return asyncio.get_running_loop().time()
 
     async def __aenter__(self) -> Switchboard:
-        self._task = asyncio.create_task(self._listen_forever(), name="switchboard")
+        for service in (self._listen_forever(), self._look_forever()):
+            self._tasks.append(asyncio.create_task(service, name="switchboard"))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -252,8 +264,8 @@ class Switchboard:
                 await self._nobody_follows.wait()
         except TimeoutError:
             log.warning("readers_left_behind", streams=len(self._tails))
-        if self._task is not None:
-            await end_task(self._task)
+        for task in self._tasks:
+            await end_task(task)
 
     @asynccontextmanager
     async def follow(self, job_id: str, after: EntryId = BEGINNING) -> AsyncIterator[Tail]:
@@ -280,9 +292,13 @@ class Switchboard:
             self._wire.write(command(order, *channels))
 
     @property
+    def is_connected(self) -> bool:
+        return self._wire is not None
+
+    @property
     def quiet_s(self) -> float:
         """How long a tail may trust that nothing has happened."""
-        return QUIET_S if self._wire is not None else DEAF_S
+        return QUIET_S if self.is_connected else DEAF_S
 
     async def read(self, job_id: str, cursor: EntryId, count: int, interrupted: asyncio.Event) -> StreamRead | None:
         """Reads a stream, trying again while Redis does not answer; None if interrupted. Raises TailError."""
@@ -302,6 +318,31 @@ class Switchboard:
                 async with asyncio.timeout(DEAF_S):
                     await interrupted.wait()
         return None
+
+    async def _look_forever(self) -> None:
+        """Asks for all tails that have long heard nothing whether there is something to be read."""
+        while True:
+            await asyncio.sleep(QUIET_S / 15)
+            now = self.now()
+            quiet = [tail for tails in self._tails.values() for tail in tails if tail.is_quiet(now)]
+            for start in range(0, len(quiet), LOOK_STREAMS):
+                await self._look(quiet[start : start + LOOK_STREAMS])
+
+    async def _look(self, tails: list[Tail]) -> None:
+        if not self.is_connected:
+            return  # then each reads for itself, more often
+        seen = [(tail, tail.cursor) for tail in tails]
+        now = self.now()
+        try:
+            stale = await self._store.stale([(tail.job_id, cursor) for tail, cursor in seen])
+        except FAILURES as error:
+            log.warning("quiet_streams_not_looked_at", reason=str(error), streams=len(tails))
+            return  # each reads for itself, a little later
+        for tail, cursor in seen:
+            if tail.job_id in stale:
+                tail.doubt()
+            else:
+                tail.trust(cursor, now)
 
     async def _listen_forever(self) -> None:
         while True:

@@ -12,7 +12,7 @@ from typing import Literal
 from shared.keys import lua_names
 
 ScriptName = Literal[
-    "submit", "claim", "finish", "end", "release", "beat", "retire", "sweep", "put_file", "delete_file"
+    "submit", "claim", "finish", "end", "release", "beat", "retire", "stale", "sweep", "put_file", "delete_file"
 ]
 
 

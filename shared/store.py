@@ -268,6 +268,14 @@ class JobStore:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
+    async def stale(self, cursors: Sequence[tuple[str, EntryId]]) -> set[str]:
+        """The jobs, of pairs of a job and the last entry that a reader has seen, at which the reader has to look.
+
+        There is an entry behind it, or there will never be one. One command instead of `read_after` for each.
+        """
+        pairs = [part for job_id, cursor in cursors for part in (job_id, str(cursor))]
+        return {job_id.decode() for job_id in await self._run("stale", self.keys.deadlines, *pairs)}
+
     async def read_after(self, job_id: str, cursor: EntryId, count: int) -> StreamRead:
         """Up to `count` entries that follow the cursor, and what there is to expect behind them.
 
