@@ -33,6 +33,7 @@ from shared.settings import Settings
 from shared.store import JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import end_task
+from shared.wire import Line
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +54,8 @@ def create_app(settings: Settings | None = None) -> Starlette:
     if settings is None:
         settings = Settings()
         logs.configure(settings)
-    store = JobStore(connect(settings), settings)
+    redis = connect(settings)
+    store = JobStore(redis, settings, Line(redis))
     switchboard = Switchboard(store)
 
     @asynccontextmanager
@@ -71,7 +73,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             log.info("api_started", model=settings.model_name)
             yield
             await end_task(sweeper)
-        await store.redis.aclose(close_connection_pool=True)
+        await store.aclose()
         log.info("api_stopped")
 
     middleware = [Middleware(RequestIdMiddleware)]

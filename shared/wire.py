@@ -13,8 +13,9 @@ docs/decisions/0015-hot-path.md.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import hiredis
@@ -123,50 +124,51 @@ class Wire(asyncio.Protocol):
 
 
 class CallWire(Wire):
-    """Commands, and all their replies."""
+    """Commands, and all their replies. Calls may overlap: Redis answers in the order in which it was asked."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         super().__init__(transport)
-        self._replies: list[Any] = []
-        self._expected = 0
-        self._answered: asyncio.Future[list[Any]] | None = None
-
-    async def call(self, commands: bytes, replies: int) -> list[Any]:
-        """Sends commands that Redis gives so many replies to, and returns these. One call at a time.
-
-        Raises one of FAILURES if they did not all come: then everything may have been executed, or nothing.
-        """
-        if self._lost is not None:
-            raise self._lost
-        self._replies, self._expected = [], replies
-        self._received_at = self._loop.time()
-        self._answered = self._loop.create_future()
-        self._transport.write(commands)
-        try:
-            return await self._answered
-        except asyncio.CancelledError:
-            self.break_off(RedisConnectionError("a call was cancelled"))  # its replies would be taken for others'
-            raise
-        finally:
-            self._answered = None
+        self._calls: deque[tuple[asyncio.Future[list[Any]], int]] = deque()  # oldest first; how many replies each gets
+        self._replies: list[Any] = []  # to the oldest, so far
 
     @property
     def is_broken(self) -> bool:
         return self._lost is not None
 
+    async def call(self, commands: bytes, replies: int) -> list[Any]:
+        """Sends commands that Redis gives so many replies to, at least one, and returns these.
+
+        Raises one of FAILURES if they did not all come: then everything may have been executed, or nothing.
+        """
+        if self._lost is not None:
+            raise self._lost
+        if not self._calls:
+            self._received_at = self._loop.time()
+        answered: asyncio.Future[list[Any]] = self._loop.create_future()
+        self._calls.append((answered, replies))
+        self._transport.write(commands)
+        return await answered
+
     def heard(self, reply: Any) -> None:
         self._replies.append(reply)
+        answered, expected = self._calls[0]
+        if len(self._replies) == expected:
+            del self._calls[0]
+            replies, self._replies = self._replies, []
+            if not answered.done():  # nobody waits for a call that was cancelled
+                answered.set_result(replies)
 
     def heard_all(self) -> None:
-        if len(self._replies) >= self._expected and self._answered is not None and not self._answered.done():
-            self._answered.set_result(self._replies)
+        """Each call was answered as soon as its replies were there."""
 
     def broken(self, error: Exception) -> None:
-        if self._answered is not None and not self._answered.done():
-            self._answered.set_exception(error)
+        for answered, _ in self._calls:
+            if not answered.done():
+                answered.set_exception(error)
+        self._calls.clear()
 
     def look(self, silent_s: float) -> None:
-        if self._answered is not None and silent_s > COMMAND_TIMEOUT_S:
+        if self._calls and silent_s > COMMAND_TIMEOUT_S:
             self.break_off(RedisTimeoutError("Redis does not answer"))
 
 
@@ -227,3 +229,36 @@ async def open_wire(redis: Redis, make: Callable[[asyncio.Transport], W]) -> Asy
     finally:
         await connection.disconnect(nowait=True)
         await pool.release(connection)
+
+
+class Line:
+    """One connection for the commands of many at a time, opened when it is needed, and again when it has broken."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._opening = asyncio.Lock()
+        self._wire: CallWire | None = None
+        self._wires = AsyncExitStack()  # holds the one that is open
+
+    async def call(self, commands: bytes, replies: int) -> list[Any]:
+        """As `CallWire.call`. Refusals are among the replies."""
+        wire = self._wire
+        if wire is None or wire.is_broken:
+            wire = await self._open()
+        return await wire.call(commands, replies)
+
+    async def _open(self) -> CallWire:
+        async with self._opening:
+            if self._wire is None or self._wire.is_broken:
+                self._wire = None
+                await self._wires.aclose()
+                self._wire = await self._wires.enter_async_context(open_wire(self._redis, CallWire))
+            return self._wire
+
+    def hang_up(self, reason: Exception) -> None:
+        """Whoever waits for an answer gets this error; the next call opens another connection."""
+        if self._wire is not None:
+            self._wire.break_off(reason)
+
+    async def aclose(self) -> None:
+        await self._wires.aclose()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
 from shared.tasks import end_task
-from shared.wire import CallWire, command, open_wire
+from shared.wire import Line, command
 
 log = structlog.get_logger(__name__)
 
@@ -199,8 +198,7 @@ class Publisher:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._script = store.script("finish")
-        self._wire: CallWire | None = None
-        self._wires = AsyncExitStack()  # holds the one that is open
+        self._line = Line(store.redis)  # of its own: what is said waits for no other command
 
     async def __aenter__(self) -> Publisher:
         self._task = asyncio.create_task(self._flush_forever(), name="publisher")
@@ -209,7 +207,7 @@ class Publisher:
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self._task is not None:
             await end_task(self._task)
-        await self._wires.aclose()
+        await self._line.aclose()
 
     def open(self, claim: Claim, on_lost: Callable[[Loss], None]) -> AttemptLog:
         """The log of a claimed attempt. `on_lost` is called at most once, as soon as Redis refuses an entry."""
@@ -293,8 +291,8 @@ class Publisher:
             refused = next((r for r in stored if isinstance(r, Exception)), None)
             if refused is not None and (passes(refused) or not asked):
                 again.append(attempt)
-                if isinstance(refused, ReadOnlyError) and self._wire is not None:
-                    self._wire.break_off(refused)  # this server is a primary no longer; another one may be
+                if isinstance(refused, ReadOnlyError):
+                    self._line.hang_up(refused)  # this server is a primary no longer; another one may be
             elif refused is not None:
                 log.error("entry_refused", job=attempt.claim.job_id, reason=str(refused))
                 attempt.lose(Loss.REFUSED)
@@ -357,8 +355,4 @@ class Publisher:
         """Sends commands in one go and returns their replies, refusals among them. Raises one of FAILURES."""
         if not commands:
             return []
-        if self._wire is None or self._wire.is_broken:
-            self._wire = None
-            await self._wires.aclose()
-            self._wire = await self._wires.enter_async_context(open_wire(self._store.redis, CallWire))
-        return await self._wire.call(b"".join(commands), replies)
+        return await self._line.call(b"".join(commands), replies)

@@ -33,6 +33,7 @@ from shared.store import Claim, JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
+from shared.wire import Line
 from worker.agents.contract import Agent
 from worker.liveness import Heartbeat
 from worker.orders import follow_orders
@@ -71,7 +72,8 @@ class QueueWorker(Worker):
             asyncio.set_event_loop(uvloop.new_event_loop())
         self.settings = settings
         self.agent = agent
-        self.store = JobStore(connect(settings), settings)
+        redis = connect(settings)
+        self.store = JobStore(redis, settings, Line(redis))
         self.files = FileStore(self.store.redis, settings)
         self.worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
         self.publisher = Publisher(self.store, self.worker_id)
@@ -128,7 +130,7 @@ class QueueWorker(Worker):
             await self.store.retire(self.worker_id)
         except FAILURES as error:
             log.warning("worker_could_not_retire", worker=self.worker_id, reason=str(error))
-        await self.store.redis.aclose(close_connection_pool=True)
+        await self.store.aclose()
         self._pool = None
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -167,10 +169,11 @@ class QueueWorker(Worker):
 
     async def _reconcile(self) -> None:
         """Looks for what this worker holds and does not know of: the answer to a claim may have been lost."""
-        for held in await self.store.held_by(self.worker_id):
-            known = self.runs.get(held.claim.job_id)
-            if known is not None and known.claim.attempt == held.claim.attempt:
-                continue
+        known = {job_id: run.claim.attempt for job_id, run in self.runs.items()}
+        for held in await self.store.held_by(self.worker_id, known):
+            run = self.runs.get(held.claim.job_id)
+            if run is not None and run.claim.attempt == held.claim.attempt:
+                continue  # its claim has been answered meanwhile
             log.warning("forgotten_job", job=held.claim.job_id, attempt=held.claim.attempt, running=held.is_running)
             if held.is_running:
                 self._start(held.claim)

@@ -74,6 +74,7 @@ def test_the_protocol_names_every_script() -> None:
         "release",
         "beat",
         "retire",
+        "stale",
         "sweep",
         "put_file",
         "delete_file",
