@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from arq.connections import ArqRedis
 from arq.jobs import serialize_job
-from redis.exceptions import NoScriptError, ReadOnlyError
+from redis.exceptions import NoScriptError
 
 from shared import scripts
 from shared.entries import Entry, EntryId, ErrorMarker, entry_from_fields
@@ -116,7 +116,7 @@ class JobStore:
         (reply,) = await self._line.call(run, 1)
         if isinstance(reply, NoScriptError):  # Redis was restarted, or its scripts were flushed
             _, reply = await self._line.call(command("SCRIPT", "LOAD", scripts.source(name)) + run, 2)
-        return _unless_refused([reply], self._line)[0]
+        return _unless_refused([reply])[0]
 
     async def _ask(self, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
         """The answers to commands, in one round trip."""
@@ -124,7 +124,7 @@ class JobStore:
             return []
         if self._line is not None:
             run = b"".join([command(*parts) for parts in commands])
-            return _unless_refused(await self._line.call(run, len(commands)), self._line)
+            return _unless_refused(await self._line.call(run, len(commands)))
         async with self.redis.pipeline(transaction=False) as pipe:
             for parts in commands:
                 pipe.execute_command(*parts)
@@ -356,12 +356,10 @@ _SWEEP_MARKERS = (
 )
 
 
-def _unless_refused(replies: list[Any], line: Line) -> list[Any]:
+def _unless_refused(replies: list[Any]) -> list[Any]:
     """Raises the first refusal."""
     for reply in replies:
         if isinstance(reply, Exception):
-            if isinstance(reply, ReadOnlyError):
-                line.hang_up(reply)  # this server is a primary no longer; another one may be
             raise reply
     return replies
 

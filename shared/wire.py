@@ -255,10 +255,5 @@ class Line:
                 self._wire = await self._wires.enter_async_context(open_wire(self._redis, CallWire))
             return self._wire
 
-    def hang_up(self, reason: Exception) -> None:
-        """Whoever waits for an answer gets this error; the next call opens another connection."""
-        if self._wire is not None:
-            self._wire.break_off(reason)
-
     async def aclose(self) -> None:
         await self._wires.aclose()

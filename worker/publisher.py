@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import structlog
-from redis.exceptions import NoScriptError, ReadOnlyError
+from redis.exceptions import NoScriptError
 
 from shared import scripts
 from shared.connection import FAILURES, FIRST_RETRY_S, LAST_RETRY_S, passes
@@ -291,8 +291,6 @@ class Publisher:
             refused = next((r for r in stored if isinstance(r, Exception)), None)
             if refused is not None and (passes(refused) or not asked):
                 again.append(attempt)
-                if isinstance(refused, ReadOnlyError):
-                    self._line.hang_up(refused)  # this server is a primary no longer; another one may be
             elif refused is not None:
                 log.error("entry_refused", job=attempt.claim.job_id, reason=str(refused))
                 attempt.lose(Loss.REFUSED)
