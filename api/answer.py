@@ -12,7 +12,7 @@ from starlette.types import Receive
 from api.errors import ClientGoneError, JobFailedError
 from api.relay import INCOMPLETE, Relay
 from api.services import Services
-from api.tail import StreamExpiredError, StreamUnreachableError, Tail, TailError
+from api.tail import Push, StreamExpiredError, StreamUnreachableError, Tail, TailError
 from shared.connection import FAILURES
 from shared.entries import Entry, ErrorMarker, OkMarker
 from shared.jobs import ErrorCode
@@ -42,10 +42,18 @@ class Answer:
         self._relay = Relay()
         self._client_gone = False
 
-    async def entries(self, tail: Tail, timeout_s: float) -> list[Entry]:
-        """The next entries to pass on; none after the timeout, or when `ending` is set. Raises ClientGoneError."""
+    async def entries(self, tail: Tail, timeout_s: float, push: Push | None = None) -> list[Entry]:
+        """The next entries to pass on; none after the timeout, or when `ending` is set. Raises ClientGoneError.
+
+        With `push`, those that it would have to wait for are given to it instead, see `Tail.next`.
+        """
+
+        def push_accepted(entries: list[Entry]) -> bool:
+            accepted = self._relay.accept(entries)
+            return (not accepted or push(accepted)) and self._relay.ending is None  # type: ignore[misc]  # it is not None
+
         try:
-            entries = await tail.next(timeout_s)
+            entries = await tail.next(timeout_s, push_accepted if push is not None else None)
         except TailError as error:
             self._relay.ending = _explain(error)
             log.warning("relay_failed", job=self.job_id, code=self._relay.ending.code, reason=repr(error))

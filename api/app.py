@@ -15,17 +15,20 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from api import files, job_webhook, jobs, operations, responses, stored_completions
 from api.chat import create_completion, watch_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.services import Services
+from api.sse import SERVER_SEND
 from api.system import health, list_models, ready, retrieve_model
 from api.tail import Switchboard
 from shared import logs
 from shared.connection import connect
 from shared.files import FileStore
+from shared.garbage import collect_less
 from shared.index import JobIndex
 from shared.sentinel import follow_primary
 from shared.settings import Settings
@@ -33,10 +36,19 @@ from shared.store import JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import Errands, end_task
 from shared.webhooks import WebhookStore
+from shared.wire import Line
 
 log = structlog.get_logger(__name__)
 
 ERRANDS_S = 3.0  # how long a stopping process waits for what its requests have left to do
+
+
+class _App(Starlette):
+    """Remembers the server's own `send`: what middleware puts around it costs a stream something with every token."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[SERVER_SEND] = send
+        await super().__call__(scope, receive, send)
 
 
 def create_app(settings: Settings | None = None) -> Starlette:
@@ -47,7 +59,8 @@ def create_app(settings: Settings | None = None) -> Starlette:
     if settings is None:
         settings = Settings()
         logs.configure(settings)
-    store = JobStore(connect(settings), settings)
+    redis = connect(settings)
+    store = JobStore(redis, settings, Line(redis))
     switchboard = Switchboard(store)
     errands = Errands()
 
@@ -65,12 +78,13 @@ def create_app(settings: Settings | None = None) -> Starlette:
         )
         async with switchboard:
             services = [asyncio.create_task(service) for service in (follow_primary(store.redis), sweep_forever(store))]
+            collect_less()
             log.info("api_started", model=settings.model_name)
             yield
             for service in services:
                 await end_task(service)
         await errands.finish(within_s=ERRANDS_S)
-        await store.redis.aclose(close_connection_pool=True)
+        await store.aclose()
         log.info("api_stopped")
 
     middleware = [Middleware(RequestIdMiddleware)]
@@ -85,7 +99,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             )
         )
     middleware += [Middleware(ErrorMiddleware), Middleware(AuthMiddleware, settings=settings)]
-    app = Starlette(
+    app = _App(
         routes=[
             _route("/v1/chat/completions", GET=stored_completions.list_page, POST=create_completion),
             _route(

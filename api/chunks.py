@@ -23,6 +23,7 @@ DONE = b"data: [DONE]\n\n"
 
 EMPTY_ANSWER = "I completed the request but have no answer to show. Please try again or narrow the task."
 
+_OPEN = Kind.OPEN  # looking a member up costs more than comparing it
 _ROLE = b'"role":"assistant",'
 
 
@@ -71,13 +72,14 @@ class ChunkEncoder:
         return b"".join([self._frame(entry) for entry in entries])
 
     def _frame(self, entry: Entry) -> bytes:
-        if entry.kind is Kind.OPEN:
+        kind = entry.kind
+        if kind is _OPEN:
             return b""
         self.number += 1
         if self.number <= self._starting_after:
             return b""
         extra = b""
-        match entry.kind:
+        match kind:
             case Kind.DELTA:
                 field = b'"content":' + json_bytes(bytes_text(entry.payload))
             case Kind.REASONING:

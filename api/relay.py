@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shared.entries import Entry, ErrorMarker, Kind, OkMarker, Tally, UnreadableEntryError
+from shared.entries import SPOKEN, Entry, ErrorMarker, Kind, OkMarker, Tally, UnreadableEntryError
 from shared.jobs import ErrorCode
 
 INCOMPLETE = ErrorMarker(ErrorCode.STREAM_INCOMPLETE, "A part of the answer was lost.")
@@ -33,16 +33,17 @@ class Relay:
         for entry in entries:
             if self.ending is not None:
                 break
-            if entry.kind is Kind.OPEN:
+            kind = entry.kind
+            if kind in SPOKEN:
+                self._tally.add(kind, entry.payload)
+                passed_on.append(entry)
+            elif kind is Kind.OPEN:
                 if self._tally.count:
                     self.ending = INCOMPLETE
                 else:
                     passed_on.append(entry)
-            elif entry.is_marker:
-                self.ending = self._judge(entry)
             else:
-                self._tally.add(entry.kind, entry.payload)
-                passed_on.append(entry)
+                self.ending = self._judge(entry)
         return passed_on
 
     def _judge(self, marker: Entry) -> Ending:

@@ -4,17 +4,22 @@ Rule 1: the frames that end an answer well are sent only for a verified `ok`; ev
         error frames and a clean close.
 Rule 2: numbered frames are made from entries alone, so that a replay makes the same ones. A resumed stream makes all
         of them again, from the first entry, and sends those behind the client's number: so it is verified, too.
+Rule 3: while the client takes what it is sent, frames are made and sent in the very turn of the event loop in which
+        their entries were heard. As soon as it does not, its own task goes on, waits for it, and keeps the order.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
+from functools import partial
+from types import coroutine
+from typing import Any, Protocol, cast
 
 from starlette.background import BackgroundTask
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from api.answer import INTERRUPTED, Answer
 from api.errors import ApiError, ClientGoneError, GoneError, InvalidRequestError, JobFailedError
@@ -25,6 +30,7 @@ from shared.jobs import ErrorCode
 
 SEND_BYTES = 64 * 1024  # of a stream that are handed over at a time, and waited for
 PING = b": ping\n\n"
+SERVER_SEND = "endmark.server_send"  # in the scope: the server's own `send`, without what middleware does at the start
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -81,8 +87,10 @@ class StreamedAnswer(Response):
         self._encoder = encoder
         self._starting_after = starting_after
         self._last: bytes | None = None  # the last frames, once they are made
+        self._ping_at = self._heartbeat_at = 0.0  # of time.monotonic
+        self._unsent: Callable[[], Awaitable[None]] | None = None  # the rest of a push that the client was too slow for
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises InvalidRequestError, GoneError or JobFailedError before anything is sent."""
         try:
             async with self._answer.follow(receive) as tail:
@@ -91,9 +99,10 @@ class StreamedAnswer(Response):
                     frames += await self._catch_up(tail, self._starting_after)
                 await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
                 try:
+                    server_send = scope.get(SERVER_SEND, send)
                     if frames:
-                        await self._send(send, frames)
-                    await self._relay_entries(tail, send)
+                        await self._send(server_send, frames)
+                    await self._relay_entries(tail, server_send)
                 except asyncio.CancelledError:  # the server stops, and has waited long enough
                     await send({"type": "http.response.body", "body": self._encoder.error(INTERRUPTED)})
                     raise
@@ -133,22 +142,39 @@ class StreamedAnswer(Response):
         return self._last
 
     async def _relay_entries(self, tail: Tail, send: Send) -> None:
-        answer, encoder, settings = self._answer, self._encoder, self._answer.settings
-        now = asyncio.get_running_loop().time
-        ping_at = now() + settings.ping_interval_s
-        heartbeat_at = now() + settings.heartbeat_interval_s
-        while not answer.has_ended():
-            entries = await answer.entries(tail, max(0.0, min(ping_at, heartbeat_at) - now()))
+        answer, encoder, now = self._answer, self._encoder, time.monotonic
+
+        def push(entries: list[Entry]) -> bool:
             frames = encoder.frames(entries)
-            if not frames and now() >= heartbeat_at and not answer.has_ended():
+            if frames:
+                self._said_something()
+                if len(frames) > SEND_BYTES:
+                    self._unsent = partial(self._send, send, frames)
+                elif (rest := _begin(send, frames)) is not None:
+                    self._unsent = partial(self._wait_for, rest)
+            return self._unsent is None
+
+        may_push = push if _sends_at_once(send) else None
+        self._said_something()
+        while not answer.has_ended():
+            entries = await answer.entries(tail, max(0.0, min(self._ping_at, self._heartbeat_at) - now()), may_push)
+            if self._unsent is not None:
+                unsent, self._unsent = self._unsent, None
+                await unsent()
+            frames = encoder.frames(entries)
+            if not frames and now() >= self._heartbeat_at and not answer.has_ended():
                 frames = encoder.heartbeat()
             if frames:
-                heartbeat_at = now() + settings.heartbeat_interval_s
-            elif now() >= ping_at and not answer.has_ended():
-                frames = PING
-            if frames:
-                ping_at = now() + settings.ping_interval_s
+                self._said_something()
                 await self._send(send, frames)
+            elif now() >= self._ping_at and not answer.has_ended():
+                self._ping_at = now() + answer.settings.ping_interval_s
+                await self._send(send, PING)
+
+    def _said_something(self) -> None:
+        now = time.monotonic()
+        self._ping_at = now + self._answer.settings.ping_interval_s
+        self._heartbeat_at = now + self._answer.settings.heartbeat_interval_s
 
     async def _send(self, send: Send, frames: bytes) -> None:
         """Raises ClientGoneError if the client takes nothing for the stall timeout.
@@ -157,9 +183,42 @@ class StreamedAnswer(Response):
         """
         self._answer.has_been_told = True
         for start in range(0, len(frames), SEND_BYTES):
-            try:
-                async with asyncio.timeout(self._answer.settings.stall_timeout_s):
-                    piece = frames[start : start + SEND_BYTES]
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-            except TimeoutError as stalled:
-                raise ClientGoneError from stalled
+            piece = frames[start : start + SEND_BYTES]
+            if not _sends_at_once(send):
+                await self._wait_for(send(_part(piece)))
+            elif (rest := _begin(send, piece)) is not None:
+                await self._wait_for(rest)
+
+    async def _wait_for(self, sending: Awaitable[None]) -> None:
+        """Waits for a client that does not take at once what it is sent. Raises ClientGoneError."""
+        try:
+            async with asyncio.timeout(self._answer.settings.stall_timeout_s):
+                await sending
+        except TimeoutError as stalled:
+            raise ClientGoneError from stalled
+
+
+def _part(frames: bytes) -> Message:
+    return {"type": "http.response.body", "body": frames, "more_body": True}
+
+
+def _sends_at_once(send: Send) -> bool:
+    """Whether this is uvicorn's own `send`: it waits, if at all, before it writes, and needs no task for that."""
+    return type(getattr(send, "__self__", None)).__module__.startswith("uvicorn.")
+
+
+def _begin(send: Send, frames: bytes) -> Awaitable[None] | None:
+    """Sends frames if the client takes them now. Otherwise returns what has to be awaited, and sends them then."""
+    sending = cast("Coroutine[Any, Any, None]", send(_part(frames)))
+    try:
+        waits_for = sending.send(None)
+    except StopIteration:
+        return None
+    return _rest_of(sending, waits_for)
+
+
+@coroutine
+def _rest_of(sending: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """Goes on with a coroutine that was begun by hand, and waits for this."""
+    yield waits_for
+    yield from sending

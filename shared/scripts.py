@@ -22,6 +22,7 @@ ScriptName = Literal[
     "release",
     "beat",
     "retire",
+    "stale",
     "sweep",
     "put_file",
     "delete",

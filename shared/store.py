@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from arq.connections import ArqRedis
 from arq.jobs import serialize_job
+from redis.exceptions import NoScriptError
 
 from shared import scripts
 from shared.entries import BEGINNING, Entry, EntryId, ErrorMarker
@@ -25,6 +26,7 @@ from shared.packs import Row, entries_from_row
 from shared.settings import Settings
 from shared.text import json_bytes, parse_json
 from shared.webhooks import longest_delivery_ms, webhook_fields
+from shared.wire import Line, command
 
 SWEEP_LIMIT = 100  # passed deadlines that one sweep looks at; the next one goes on where it stopped
 
@@ -130,8 +132,10 @@ class StreamRead:
 class JobStore:
     """The jobs of one deployment."""
 
-    def __init__(self, redis: ArqRedis, settings: Settings) -> None:
+    def __init__(self, redis: ArqRedis, settings: Settings, line: Line | None = None) -> None:
+        """`line`: a connection of this client for what every job needs; without it redis-py's pool serves that, too."""
         self.redis = redis
+        self._line = line
         self.settings = settings
         self.keys = Keys(settings.prefix)
         self._scripts: dict[scripts.ScriptName, Any] = {}
@@ -144,7 +148,33 @@ class JobStore:
         )
 
     async def _run(self, name: scripts.ScriptName, key: str, *args: str | bytes | int) -> Any:
-        return await self.script(name)([key], [self.keys.prefix, *args])
+        script = self.script(name)
+        if self._line is None:
+            return await script([key], [self.keys.prefix, *args])
+        run = command("EVALSHA", script.sha, 1, key, self.keys.prefix, *args)
+        (reply,) = await self._line.call(run, 1)
+        if isinstance(reply, NoScriptError):  # Redis was restarted, or its scripts were flushed
+            _, reply = await self._line.call(command("SCRIPT", "LOAD", scripts.source(name)) + run, 2)
+        return _unless_refused([reply])[0]
+
+    async def _ask(self, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
+        """The answers to commands, in one round trip."""
+        if not commands:
+            return []
+        if self._line is not None:
+            run = b"".join([command(*parts) for parts in commands])
+            return _unless_refused(await self._line.call(run, len(commands)))
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for parts in commands:
+                pipe.execute_command(*parts)
+            answers: list[Any] = await pipe.execute()
+            return answers
+
+    async def aclose(self) -> None:
+        """Lets go of Redis."""
+        if self._line is not None:
+            await self._line.aclose()
+        await self.redis.aclose(close_connection_pool=True)
 
     def script(self, name: scripts.ScriptName) -> Any:
         """A registered script: awaited, or given `client=pipeline` to become one command of a pipeline."""
@@ -228,11 +258,22 @@ class JobStore:
             Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
         ]
 
-    async def held_by(self, worker_id: str) -> list[Held]:
-        """What this worker holds, as far as Redis knows: attempts to execute, and ended ones to release."""
+    async def held_by(self, worker_id: str, known: Mapping[str, int] | None = None) -> list[Held]:
+        """What this worker holds, as far as Redis knows: attempts to execute, and ended ones to release.
+
+        Attempts that are `known`, by their jobs, are left out.
+        """
         members: set[bytes] = await self.redis.smembers(self.keys.worker_jobs(worker_id))  # type: ignore[misc]  # as above
+        job_ids = sorted(member.decode() for member in members)
+        if known:
+            attempts = await self._ask(*(("HGET", self.keys.job(job_id), "attempt") for job_id in job_ids))
+            job_ids = [
+                job_id
+                for job_id, attempt in zip(job_ids, attempts, strict=True)
+                if attempt is None or known.get(job_id) != int(attempt)
+            ]
         held: list[Held] = []
-        for job_id in sorted(member.decode() for member in members):
+        for job_id in job_ids:
             async with self.redis.pipeline(transaction=False) as pipe:
                 pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
                 pipe.get(self.keys.request(job_id))
@@ -255,7 +296,7 @@ class JobStore:
 
         For the turn that runs. No other turn of its session can change it meanwhile, since only that one is not fenced.
         """
-        state: bytes | None = await self.redis.get(self.keys.session(session))
+        state: bytes | None = (await self._ask(("GET", self.keys.session(session))))[0]
         return state
 
     def finish_args(
@@ -405,16 +446,25 @@ class JobStore:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
+    async def stale(self, cursors: Sequence[tuple[str, EntryId]]) -> set[str]:
+        """The jobs, of pairs of a job and the last entry that a reader has seen, at which the reader has to look.
+
+        There is an entry behind it, or there will never be one. One command instead of `read_after` for each.
+        """
+        pairs = [part for job_id, cursor in cursors for part in (job_id, str(cursor))]
+        return {job_id.decode() for job_id in await self._run("stale", self.keys.deadlines, *pairs)}
+
     async def read_after(self, job_id: str, cursor: EntryId, count: int) -> StreamRead:
         """The entries of up to `count` rows that follow the cursor, and what there is to expect behind them.
 
         They are `count` entries at most, unless a pack holds more than was missing. Raises UnreadableEntryError.
         """
-        async with self.redis.pipeline(transaction=False) as pipe:
-            pipe.hget(self.keys.job(job_id), "status")
-            pipe.exists(self.keys.stream(job_id))
-            pipe.xrange(self.keys.stream(job_id), f"({cursor}", "+", count=count)
-            status, exists, rows = await pipe.execute()
+        stream = self.keys.stream(job_id)
+        status, exists, rows = await self._ask(
+            ("HGET", self.keys.job(job_id), "status"),
+            ("EXISTS", stream),
+            ("XRANGE", stream, f"({cursor}", "+", "COUNT", count),
+        )
         entries: list[Entry] = []
         used = 0
         for raw_id, fields in rows:
@@ -459,6 +509,14 @@ _SWEEP_MARKERS = (
     ErrorMarker(ErrorCode.QUEUE_TIMEOUT, "The request waited too long for its turn."),
     ErrorMarker(ErrorCode.NO_WORKER, "No worker is running that could answer the request."),
 )
+
+
+def _unless_refused(replies: list[Any]) -> list[Any]:
+    """Raises the first refusal."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
 
 
 def _flatten(fields: Mapping[str, str | bytes | int]) -> Sequence[str | bytes | int]:

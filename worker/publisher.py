@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 from redis.exceptions import NoScriptError
@@ -24,6 +24,7 @@ from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
 from shared.tasks import end_task
+from shared.wire import Line, command
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +67,7 @@ class AttemptLog:
         self.loss: Loss | None = None
         self._publisher = publisher
         self._on_lost = on_lost
+        self._commands = publisher.commands_for(claim)
         self._tally = Tally()
         self._said: list[tuple[Kind, bytes]] = []  # not yet entries
         self._unsent: list[Entry] = []  # numbered; on their way or waiting for a retry
@@ -139,13 +141,33 @@ class AttemptLog:
         self._number_entries()
         return self._unsent, self._finish
 
+    def append_and_publish(self, entry: Entry) -> bytes:
+        """The two commands that an entry costs: `XADD ... NOMKSTREAM` and `PUBLISH`."""
+        (attempt, sequence), kind, payload = entry
+        entry_id = b"%d-%d" % (attempt, sequence)
+        name = kind.encode()
+        return self._commands % (
+            len(entry_id),
+            entry_id,
+            len(name),
+            name,
+            len(payload),
+            payload,
+            len(entry_id) + len(name) + len(payload) + 2,
+            entry_id,
+            name,
+            payload,
+        )
+
     def landed(self, last: EntryId) -> None:
         """Redis has every entry up to `last`."""
         self._confirmed = max(self._confirmed, last)
-        self._unsent = [entry for entry in self._unsent if entry.id > last]
-        self._bytes_waiting = sum(len(entry.payload) for entry in self._unsent) + sum(
-            len(payload) for _, payload in self._said
-        )
+        if self._unsent and self._unsent[-1].id <= last:
+            self._unsent = []
+        else:
+            self._unsent = [entry for entry in self._unsent if entry.id > last]
+        self._bytes_waiting = sum([len(entry.payload) for entry in self._unsent])
+        self._bytes_waiting += sum([len(payload) for _, payload in self._said])
         if not self._unsent and not self._said:
             self._flushed.set()
 
@@ -174,7 +196,7 @@ class AttemptLog:
 
 
 class Publisher:
-    """The one flusher of a worker; an async context manager that owns its task."""
+    """The one flusher of a worker; an async context manager that owns its task and its connection."""
 
     def __init__(self, store: JobStore, worker_id: str) -> None:
         self._store = store
@@ -183,6 +205,7 @@ class Publisher:
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._script = store.script("finish")
+        self._line = Line(store.redis)  # of its own: what is said waits for no other command
 
     async def __aenter__(self) -> Publisher:
         self._task = asyncio.create_task(self._flush_forever(), name="publisher")
@@ -191,10 +214,21 @@ class Publisher:
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self._task is not None:
             await end_task(self._task)
+        await self._line.aclose()
 
     def open(self, claim: Claim, on_lost: Callable[[Loss], None]) -> AttemptLog:
         """The log of a claimed attempt. `on_lost` is called at most once, as soon as Redis refuses an entry."""
         return AttemptLog(self, claim, on_lost)
+
+    def commands_for(self, claim: Claim) -> bytes:
+        """A template of the commands that append and publish an entry, see `AttemptLog.append_and_publish`."""
+        stream = self._store.keys.stream(claim.job_id).encode()
+        channel = self._store.keys.stream_channel(claim.job_id).encode()
+        append = b"*6\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$10\r\nNOMKSTREAM\r\n" % (len(stream), stream)
+        publish = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n" % (len(channel), channel)
+        return (
+            append.replace(b"%", b"%%") + b"$%d\r\n%b\r\n" * 3 + publish.replace(b"%", b"%%") + b"$%d\r\n%b %b %b\r\n"
+        )
 
     def notice(self, attempt: AttemptLog) -> None:
         """This attempt has something to send."""
@@ -244,40 +278,31 @@ class Publisher:
         is a later one by now, never will be stored.
         """
         sent: list[tuple[AttemptLog, list[Entry], _Finish | None]] = []
-        async with self._store.redis.pipeline(transaction=False) as pipe:
-            for attempt in attempts:
-                entries, finish = attempt.take()
-                sent.append((attempt, list(entries), finish))
-                stream = self._store.keys.stream(attempt.claim.job_id)
-                channel = self._store.keys.stream_channel(attempt.claim.job_id)
-                for entry in entries:
-                    pipe.xadd(stream, {entry.kind.value: entry.payload}, id=str(entry.id), nomkstream=True)
-                    pipe.publish(channel, entry_to_message(entry))
-                if finish is not None:
-                    keys, args = self._store.finish_args(
-                        attempt.claim,
-                        self._worker_id,
-                        finish.marker,
-                        finish.status,
-                        finish.fields,
-                        finish.session_state,
-                        agent_stopped=finish.agent_stopped,
-                    )
-                    pipe.evalsha(self._script.sha, 1, *keys, *args)  # type: ignore[arg-type]  # bytes and ints are fine
-            answers = iter(await pipe.execute(raise_on_error=False))
+        commands: list[bytes] = []
+        replies = 0
+        for attempt in attempts:
+            entries, finish = attempt.take()
+            entries = list(entries)
+            sent.append((attempt, entries, finish))
+            commands += [attempt.append_and_publish(entry) for entry in entries]
+            replies += 2 * len(entries)
+            if finish is not None:
+                commands.append(self._finish_command(attempt.claim, finish))
+                replies += 1
+        answers = iter(await self._call(commands, replies))
 
         again: list[AttemptLog] = []
         for attempt, entries, finish in sent:
             # An append and its publication answer one each. A refused append may have been refused for being there.
-            replies = [(next(answers), next(answers))[0] for _ in entries]
+            stored = [(next(answers), next(answers))[0] for _ in entries]
             ending = next(answers) if finish is not None else None
-            refused = next((r for r in replies if isinstance(r, Exception)), None)
+            refused = next((r for r in stored if isinstance(r, Exception)), None)
             if refused is not None and (passes(refused) or not asked or _came_too_late(refused)):
                 again.append(attempt)
             elif refused is not None:
                 log.error("entry_refused", job=attempt.claim.job_id, reason=str(refused))
                 attempt.lose(Loss.REFUSED)
-            elif None in replies:  # NOMKSTREAM
+            elif None in stored:  # NOMKSTREAM
                 attempt.lose(Loss.EXPIRED)
             elif isinstance(ending, NoScriptError):  # Redis was restarted, or its scripts were flushed
                 await self._store.redis.script_load(scripts.source("finish"))
@@ -299,32 +324,48 @@ class Publisher:
 
         What has landed is published once more, since nobody knows whether it was: readers drop what they have.
         """
-        async with self._store.redis.pipeline(transaction=False) as pipe:
-            for attempt in attempts:
-                pipe.xrevrange(self._store.keys.stream(attempt.claim.job_id), count=1)
-            answers = await pipe.execute()
-        async with self._store.redis.pipeline(transaction=False) as pipe:
-            for attempt, rows in zip(attempts, answers, strict=True):
-                if not rows:
-                    attempt.lose(Loss.EXPIRED)
-                    continue
-                last = EntryId.parse(rows[0][0])
-                if last.attempt > attempt.claim.attempt:
-                    attempt.lose(Loss.FENCED)
-                    continue
-                if not attempt.may_go_on_behind(last):  # a failover may lose what was confirmed
-                    log.error("confirmed_entries_lost", job=attempt.claim.job_id, last=str(last))
-                    attempt.lose(Loss.REFUSED)
-                    continue
-                entries, finish = attempt.take()
-                channel = self._store.keys.stream_channel(attempt.claim.job_id)
-                for entry in entries:
-                    if entry.id <= last:
-                        pipe.publish(channel, entry_to_message(entry))
-                attempt.landed(last)
-                if finish is not None and last == finish.marker.id:
-                    attempt.ended(Ending.DONE)
-            await pipe.execute()
+        streams = [self._store.keys.stream(attempt.claim.job_id) for attempt in attempts]
+        answers = await self._call([command("XREVRANGE", key, "+", "-", "COUNT", 1) for key in streams], len(streams))
+        if refused := next((answer for answer in answers if isinstance(answer, Exception)), None):
+            raise refused
+        commands: list[bytes] = []
+        for attempt, rows in zip(attempts, answers, strict=True):
+            if not rows:
+                attempt.lose(Loss.EXPIRED)
+                continue
+            last = EntryId.parse(rows[0][0])
+            if last.attempt > attempt.claim.attempt:
+                attempt.lose(Loss.FENCED)
+                continue
+            if not attempt.may_go_on_behind(last):  # a failover may lose what was confirmed
+                log.error("confirmed_entries_lost", job=attempt.claim.job_id, last=str(last))
+                attempt.lose(Loss.REFUSED)
+                continue
+            entries, finish = attempt.take()
+            channel = self._store.keys.stream_channel(attempt.claim.job_id)
+            commands += [command("PUBLISH", channel, entry_to_message(entry)) for entry in entries if entry.id <= last]
+            attempt.landed(last)
+            if finish is not None and last == finish.marker.id:
+                attempt.ended(Ending.DONE)
+        await self._call(commands, len(commands))
+
+    def _finish_command(self, claim: Claim, finish: _Finish) -> bytes:
+        keys, args = self._store.finish_args(
+            claim,
+            self._worker_id,
+            finish.marker,
+            finish.status,
+            finish.fields,
+            finish.session_state,
+            agent_stopped=finish.agent_stopped,
+        )
+        return command("EVALSHA", self._script.sha, len(keys), *keys, *args)
+
+    async def _call(self, commands: list[bytes], replies: int) -> list[Any]:
+        """Sends commands in one go and returns their replies, refusals among them. Raises one of FAILURES."""
+        if not commands:
+            return []
+        return await self._line.call(b"".join(commands), replies)
 
 
 def _came_too_late(refused: Exception) -> bool:

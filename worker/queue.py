@@ -27,6 +27,7 @@ from arq.worker import Worker, func
 from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, try_for
 from shared.entries import ErrorMarker
 from shared.files import FileStore
+from shared.garbage import collect_less
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
 from shared.sentinel import follow_primary
@@ -36,6 +37,7 @@ from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
 from shared.webhooks import WebhookStore
+from shared.wire import Line
 from worker.agents.contract import Agent
 from worker.compactor import Compactor
 from worker.liveness import Heartbeat
@@ -77,7 +79,8 @@ class QueueWorker(Worker):
             asyncio.set_event_loop(uvloop.new_event_loop())
         self.settings = settings
         self.agent = agent
-        self.store = JobStore(connect(settings), settings)
+        redis = connect(settings)
+        self.store = JobStore(redis, settings, Line(redis))
         self.files = FileStore(self.store.redis, settings)
         self.worker_id = f"{platform.node() or 'worker'}-{os.getpid()}-{secrets.token_hex(4)}"
         self.publisher = Publisher(self.store, self.worker_id)
@@ -133,6 +136,7 @@ class QueueWorker(Worker):
             ),
         ):
             self._services.push_async_callback(end_task, asyncio.create_task(service))
+        collect_less()
         log.info("worker_started", worker=self.worker_id, agent=self.agent.name, max_jobs=self.max_jobs)
         await insist(super().main)  # which asks Redis for its version, and from then on outlives its absence
 
@@ -147,7 +151,7 @@ class QueueWorker(Worker):
             await self.store.retire(self.worker_id)
         except FAILURES as error:
             log.warning("worker_could_not_retire", worker=self.worker_id, reason=str(error))
-        await self.store.redis.aclose(close_connection_pool=True)
+        await self.store.aclose()
         self._pool = None
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
@@ -201,10 +205,11 @@ class QueueWorker(Worker):
 
     async def _reconcile(self) -> None:
         """Looks for what this worker holds and does not know of: the answer to a claim may have been lost."""
-        for held in await self.store.held_by(self.worker_id):
-            known = self.runs.get(held.claim.job_id)
-            if known is not None and known.claim.attempt == held.claim.attempt:
-                continue
+        known = {job_id: run.claim.attempt for job_id, run in self.runs.items()}
+        for held in await self.store.held_by(self.worker_id, known):
+            run = self.runs.get(held.claim.job_id)
+            if run is not None and run.claim.attempt == held.claim.attempt:
+                continue  # its claim has been answered meanwhile
             log.warning("forgotten_job", job=held.claim.job_id, attempt=held.claim.attempt, running=held.is_running)
             if held.is_running and held.nothing_shown:
                 self._start(held.claim)

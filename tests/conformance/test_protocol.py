@@ -1048,6 +1048,34 @@ async def test_a_cursor_gets_what_follows_it_and_what_to_expect(store: JobStore)
     assert (await store.read_after(job_id, BEGINNING, 2)).entries[1:] == said[:1]
 
 
+async def test_of_many_silent_readers_only_those_with_something_to_read_have_to_look(store: JobStore) -> None:
+    gone, queued = new_job_id(), await submitted(store)
+    assert await store.stale([]) == set()
+    assert await store.stale([(gone, BEGINNING), (queued, BEGINNING)]) == {gone}
+    attempt = await (await a_worker(store)).claim_one()
+    assert await store.stale([(queued, BEGINNING)]) == {queued}
+    assert await store.stale([(queued, EntryId(1, 0))]) == set()
+    (said,) = await attempt.say(b"a", publish=False)
+    assert await store.stale([(queued, EntryId(1, 0)), (gone, BEGINNING)]) == {queued, gone}
+    assert await store.stale([(queued, said.id)]) == set()
+    await store.redis.delete(store.keys.stream(queued))
+    assert await store.stale([(queued, said.id)]) == {queued}, "it will never go on"
+
+
+async def test_a_reader_of_a_job_that_has_ended_has_to_look(store: JobStore) -> None:
+    attempt = await running(store)
+    await attempt.finish_ok()
+    marker = (await entries_of(store, attempt.job_id))[-1]
+    assert await store.stale([(attempt.job_id, marker.id)]) == {attempt.job_id}
+
+
+async def test_a_retried_job_that_waits_is_no_reason_to_look(store: JobStore) -> None:
+    attempt = await running(store)
+    await WorkerSteps(store, attempt.worker_id).lapse()
+    assert await store.sweep() == [Swept(attempt.job_id, "retried")]
+    assert await store.stale([(attempt.job_id, EntryId(2, 0))]) == set()
+
+
 async def test_two_deployments_share_a_server(backend: Backend, make_store: MakeStore, prefix: str) -> None:
     ours, theirs = make_store(), make_store(max_unfinished=1)
     theirs.keys = type(theirs.keys)(f"{prefix}-other")

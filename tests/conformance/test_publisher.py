@@ -1,4 +1,7 @@
-"""worker/publisher.py: what an attempt says becomes entries, once and in order, whatever happens to the connection."""
+"""worker/publisher.py: what an attempt says becomes entries, once and in order, whatever happens to the connection.
+
+On a real server only: the publisher takes the transport of its connection over, and fakeredis has none.
+"""
 
 from __future__ import annotations
 
@@ -7,66 +10,73 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from itertools import pairwise
 from typing import Any
 
+import hiredis
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from shared.entries import MAX_ENTRY_BYTES, Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
+from shared.wire import CallWire, command
 from tests.conftest import Backend, MakeStore
 from tests.jobs import Attempt, WorkerSteps, a_worker, entries_of, record_of, status_of, submitted
 from tests.waiting import async_wait_until
 from worker.publisher import HIGH_WATER_BYTES, AttemptLog, AttemptLostError, Loss, Publisher
 
+pytestmark = pytest.mark.parametrize("backend", ["valkey"], indirect=True)
+
 WORKER = "worker-under-test"
 
 
-class Pipelines:
-    """Counts the pipelines of a client, and breaks those that `plan` says.
+class Calls:
+    """Counts what the publisher sends, and breaks the connection when `plan` says so.
 
     "before": the connection breaks before anything is sent. "after": when Redis has executed everything, before it has
     answered. A number: when Redis has executed so many commands. A coroutine function is not a break: it is awaited
     just before the pipeline is sent.
     """
 
-    def __init__(self, redis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.plan: list[str | int | Callable[[], Awaitable[object]] | None] = []
-        self.sent: list[list[str]] = []  # the names of the commands of each pipeline
-        original = redis.pipeline
+        self.sent: list[list[str]] = []  # the names of the commands of each call
+        original = CallWire.call
 
-        def pipeline(*args: Any, **options: Any) -> Any:
-            pipe = original(*args, **options)
-            pipe.execute = self._breaking(pipe, pipe.execute)
-            return pipe
-
-        monkeypatch.setattr(redis, "pipeline", pipeline)
-
-    def _breaking(self, pipe: Any, execute: Any) -> Any:
-        async def breaking(**options: Any) -> Any:
-            self.sent.append([str(command[0][0]) for command in pipe.command_stack])
+        async def call(wire: CallWire, commands: bytes, replies: int) -> list[Any]:
+            parsed = _parsed(commands)
+            assert len(parsed) == replies
+            self.sent.append([parts[0].decode() for parts in parsed])
             how = self.plan.pop(0) if self.plan else None
             if callable(how):
                 await how()
                 how = None
+            error = RedisConnectionError(f"broken: {how}")
             if how == "before":
-                raise RedisConnectionError("broken before anything was sent")
+                wire.break_off(error)
             if isinstance(how, int):
-                del pipe.command_stack[how:]
-            answers = await execute(**options)
+                parsed = parsed[:how]
+                commands, replies = b"".join(command(*parts) for parts in parsed), len(parsed)
+            answers = await original(wire, commands, replies)
             if how is not None:
-                raise RedisConnectionError("broken before the answer")
+                wire.break_off(error)
+                raise error
             return answers
 
-        return breaking
+        monkeypatch.setattr(CallWire, "call", call)
+
+
+def _parsed(commands: bytes) -> list[list[bytes]]:
+    reader = hiredis.Reader(notEnoughData=StopIteration)
+    reader.feed(commands)
+    return list(iter(reader.gets, StopIteration))
 
 
 @pytest.fixture
-def pipelines(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> Pipelines:
-    return Pipelines(store.redis, monkeypatch)
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
 
 
 @pytest.fixture
-async def publisher(store: JobStore, pipelines: Pipelines) -> AsyncIterator[Publisher]:
+async def publisher(store: JobStore, calls: Calls) -> AsyncIterator[Publisher]:
     async with Publisher(store, WORKER) as publisher:
         yield publisher
 
@@ -136,7 +146,7 @@ async def test_what_is_said_in_one_breath_becomes_one_entry(store: JobStore, spo
 
 
 async def test_what_is_said_while_a_flush_is_on_its_way_goes_out_in_the_next_one(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines
+    store: JobStore, spoken: Spoken, calls: Calls
 ) -> None:
     fragments = [b"%d " % number for number in range(300)]
     for fragment in fragments:
@@ -145,7 +155,7 @@ async def test_what_is_said_while_a_flush_is_on_its_way_goes_out_in_the_next_one
     await spoken.log.flushed()
     said = await said_in(store, spoken.job_id)
     assert b"".join(payload for _, payload in said) == b"".join(fragments)
-    assert len(said) <= len(pipelines.sent) < len(fragments)
+    assert len(said) <= len(calls.sent) < len(fragments)
 
 
 async def test_kinds_keep_their_order(store: JobStore, spoken: Spoken) -> None:
@@ -217,13 +227,13 @@ async def test_who_outruns_redis_has_to_wait(spoken: Spoken) -> None:
     assert not must_wait()
 
 
-async def test_many_attempts_share_a_flush(store: JobStore, publisher: Publisher, pipelines: Pipelines) -> None:
+async def test_many_attempts_share_a_flush(store: JobStore, publisher: Publisher, calls: Calls) -> None:
     attempts = [await speaking(store, publisher) for _ in range(20)]
-    pipelines.sent.clear()
+    calls.sent.clear()
     for attempt in attempts:
         attempt.say(attempt.job_id.encode())
     await asyncio.gather(*(attempt.log.flushed() for attempt in attempts))
-    assert len(pipelines.sent) == 1
+    assert len(calls.sent) == 1
     for attempt in attempts:
         assert await said_in(store, attempt.job_id) == [(Kind.DELTA, attempt.job_id.encode())]
 
@@ -231,14 +241,12 @@ async def test_many_attempts_share_a_flush(store: JobStore, publisher: Publisher
 # -- finishing ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_marker_travels_behind_the_last_entries(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines
-) -> None:
+async def test_the_marker_travels_behind_the_last_entries(store: JobStore, spoken: Spoken, calls: Calls) -> None:
     await store.redis.script_load(store.script("finish").script)
-    pipelines.sent.clear()
+    calls.sent.clear()
     spoken.say(b"a")
     assert await spoken.finish_ok() is Ending.DONE
-    assert pipelines.sent == [["XADD", "PUBLISH", "EVALSHA"]]
+    assert calls.sent == [["XADD", "PUBLISH", "EVALSHA"]]
     await assert_whole(store, spoken.job_id)
 
 
@@ -284,13 +292,13 @@ async def test_an_answer_whose_last_confirmed_entry_is_lost_never_ends_well(stor
 
 
 async def test_a_confirmed_entry_that_is_lost_with_the_connection_ends_the_attempt_at_once(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines
+    store: JobStore, spoken: Spoken, calls: Calls
 ) -> None:
     for fragment in (b"a", b"b"):
         spoken.say(fragment)
         await spoken.log.flushed()
     await store.redis.xdel(store.keys.stream(spoken.job_id), "1-2")
-    pipelines.plan = ["before"]
+    calls.plan = ["before"]
     spoken.say(b"c")
     with pytest.raises(AttemptLostError):
         await spoken.log.flushed()
@@ -300,12 +308,12 @@ async def test_a_confirmed_entry_that_is_lost_with_the_connection_ends_the_attem
 
 
 async def test_an_entry_of_somebody_else_is_not_taken_for_ones_own(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines
+    store: JobStore, spoken: Spoken, calls: Calls
 ) -> None:
     """If a failover has lost the claim, another worker may be given the same attempt."""
     for entry_id in ("1-1", "1-2"):
         await store.redis.xadd(store.keys.stream(spoken.job_id), {"delta": b"another"}, id=entry_id)
-    pipelines.plan = ["before"]
+    calls.plan = ["before"]
     spoken.say(b"mine")
     with pytest.raises(AttemptLostError):
         await spoken.log.flushed()
@@ -332,15 +340,15 @@ BREAKS: list[list[str | int]] = [
 
 @pytest.mark.parametrize("plan", BREAKS, ids=lambda plan: "-".join(map(str, plan)))
 async def test_a_broken_connection_loses_no_entry_and_doubles_none(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines, plan: list[str | int]
+    store: JobStore, spoken: Spoken, calls: Calls, plan: list[str | int]
 ) -> None:
     await store.redis.script_load(store.script("finish").script)
-    pipelines.plan = list(plan)
+    calls.plan = list(plan)
     spoken.say(b"a")
     spoken.say(b"b", kind=Kind.REASONING)
     spoken.say(b"c")
     assert await spoken.finish_ok() is Ending.DONE
-    assert pipelines.plan == [], "everything planned has happened"
+    assert calls.plan == [], "everything planned has happened"
     assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a"), (Kind.REASONING, b"b"), (Kind.DELTA, b"c")]
     await assert_whole(store, spoken.job_id)
     assert spoken.losses == []
@@ -348,13 +356,13 @@ async def test_a_broken_connection_loses_no_entry_and_doubles_none(
 
 @pytest.mark.parametrize("plan", BREAKS, ids=lambda plan: "-".join(map(str, plan)))
 async def test_what_is_said_while_the_connection_is_broken_follows(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines, plan: list[str | int]
+    store: JobStore, spoken: Spoken, calls: Calls, plan: list[str | int]
 ) -> None:
-    pipelines.plan = list(plan)
+    calls.plan = list(plan)
     spoken.say(b"a")
     spoken.say(b"1", kind=Kind.TOOL)
     spoken.say(b"2", kind=Kind.TOOL)
-    await async_wait_until(lambda: len(pipelines.plan) < len(plan), timeout=5, description="the break")
+    await async_wait_until(lambda: len(calls.plan) < len(plan), timeout=5, description="the break")
     spoken.say(b"b")
     await spoken.log.flushed()
     assert await said_in(store, spoken.job_id) == [
@@ -369,13 +377,13 @@ async def test_what_is_said_while_the_connection_is_broken_follows(
 
 @pytest.mark.parametrize("commands", [1, 3, 5])
 async def test_every_entry_is_published_even_if_the_connection_broke_in_between(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines, commands: int
+    store: JobStore, spoken: Spoken, calls: Calls, commands: int
 ) -> None:
     """Otherwise a reader sees it only with the next entry, or after a quiet while."""
     async with store.redis.pubsub() as pubsub:
         await pubsub.subscribe(store.keys.stream_channel(spoken.job_id))
         assert (await pubsub.get_message(timeout=5))["type"] == "subscribe"
-        pipelines.plan = [commands]
+        calls.plan = [commands]
         for number in range(3):
             spoken.say(b"%d" % number, kind=Kind.TOOL)
         await spoken.log.flushed()
@@ -387,10 +395,10 @@ async def test_every_entry_is_published_even_if_the_connection_broke_in_between(
 
 @pytest.mark.parametrize("plan", [["after"], ["before"], [5]], ids=str)
 async def test_a_break_does_not_mix_the_attempts_of_a_flush(
-    store: JobStore, publisher: Publisher, pipelines: Pipelines, plan: list[str | int]
+    store: JobStore, publisher: Publisher, calls: Calls, plan: list[str | int]
 ) -> None:
     attempts = [await speaking(store, publisher) for _ in range(4)]
-    pipelines.plan = list(plan)
+    calls.plan = list(plan)
     for attempt in attempts:
         attempt.say(attempt.job_id.encode())
     assert await asyncio.gather(*(attempt.finish_ok() for attempt in attempts)) == [Ending.DONE] * 4
@@ -399,7 +407,6 @@ async def test_a_break_does_not_mix_the_attempts_of_a_flush(
         await assert_whole(store, attempt.job_id)
 
 
-@pytest.mark.parametrize("backend", ["valkey"], indirect=True)
 async def test_an_answer_survives_that_redis_closes_every_connection_again_and_again(
     store: JobStore, spoken: Spoken, make_store: MakeStore
 ) -> None:
@@ -475,11 +482,11 @@ async def test_an_attempt_whose_stream_is_gone_is_lost(store: JobStore, spoken: 
 
 @pytest.mark.parametrize("meanwhile", ["cancelled", "deleted"])
 async def test_an_attempt_that_was_lost_while_the_connection_was_broken_learns_it(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines, meanwhile: str
+    store: JobStore, spoken: Spoken, calls: Calls, meanwhile: str
 ) -> None:
-    pipelines.plan = ["before"] * 3
+    calls.plan = ["before"] * 3
     spoken.say(b"a")
-    await async_wait_until(lambda: len(pipelines.plan) < 3, timeout=5, description="the break")
+    await async_wait_until(lambda: len(calls.plan) < 3, timeout=5, description="the break")
     if meanwhile == "cancelled":
         await store.cancel(spoken.job_id, "")
     else:
@@ -490,17 +497,17 @@ async def test_an_attempt_that_was_lost_while_the_connection_was_broken_learns_i
     await assert_lost(spoken, *lost)
 
 
-# What may happen between the question what has landed, two pipelines, and the next flush.
+# What may happen between the question what has landed, two calls, and the next flush.
 
 
 async def test_an_attempt_that_is_recovered_after_it_has_asked_what_landed_is_fenced(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines
+    store: JobStore, spoken: Spoken, calls: Calls
 ) -> None:
     async def recover() -> None:
         await WorkerSteps(store, WORKER).lapse()
         assert dict(await store.sweep()) == {spoken.job_id: "retried"}
 
-    pipelines.plan = ["before", None, None, recover]
+    calls.plan = ["before", None, recover]
     spoken.say(b"late")
     assert await spoken.finish_ok() is Ending.FENCED
     assert spoken.losses == [Loss.FENCED], "not refused: then its worker would end a job that others go on with"
@@ -508,7 +515,7 @@ async def test_an_attempt_that_is_recovered_after_it_has_asked_what_landed_is_fe
 
 
 async def test_an_entry_that_arrives_after_it_was_asked_for_is_no_loss(
-    store: JobStore, spoken: Spoken, pipelines: Pipelines
+    store: JobStore, spoken: Spoken, calls: Calls
 ) -> None:
     """A proxy, or a busy Redis, may still hold commands of a connection that its client has given up."""
 
@@ -516,13 +523,12 @@ async def test_an_entry_that_arrives_after_it_was_asked_for_is_no_loss(
         entry = Entry(EntryId(1, 1), Kind.DELTA, b"once")
         await Attempt(store, WORKER, spoken.log.claim).append(entry)
 
-    pipelines.plan = ["before", None, None, arrive]
+    calls.plan = ["before", None, arrive]
     spoken.say(b"once")
     assert await spoken.finish_ok() is Ending.DONE
     assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"once")]
 
 
-@pytest.mark.parametrize("backend", ["valkey"], indirect=True)
 async def test_an_attempt_that_redis_has_no_room_for_goes_on_when_there_is(
     store: JobStore, spoken: Spoken, backend: Backend
 ) -> None:

@@ -1,4 +1,7 @@
-"""api/tail.py: a reader gets every entry once and in order, whatever pub/sub does."""
+"""api/tail.py: a reader gets every entry once and in order, whatever pub/sub does.
+
+On a real server only: the switchboard takes the transport of its connection over, and fakeredis has none.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,20 @@ from shared.entries import Entry, EntryId, Kind, entry_to_message
 from shared.jobs import new_job_id
 from shared.settings import Settings
 from shared.store import JobStore
-from tests.conftest import MakeStore
+from shared.wire import ListenWire, open_wire
+from tests.conftest import Backend, MakeStore
 from tests.jobs import Attempt, WorkerSteps, a_worker, entries_of, running, submitted
 from tests.waiting import async_wait_until
 
 PROMPT_S = 3.0  # far less than the 15 s after which a quiet stream is read in any case
 SOON_S = 0.05
+
+
+@pytest.fixture
+async def backend(redis_url: str) -> AsyncIterator[Backend]:
+    backend = Backend("valkey", redis_url, None)
+    yield backend
+    await backend.aclose()
 
 
 @pytest.fixture
@@ -216,10 +227,116 @@ async def test_a_switchboard_does_not_grow_with_the_jobs_that_it_has_followed(
         job_id = new_job_id()
         async with switchboard.follow(job_id):
             await subscribed(store, job_id)
-    pubsub = switchboard._pubsub
-    assert pubsub is not None
-    remembered = {*pubsub.channels, *pubsub.pending_unsubscribe_channels}
-    assert len(remembered) < 10, "an API process serves millions of jobs"
+    assert not switchboard._tails, "an API process serves millions of jobs"
+
+
+# -- pushing -----------------------------------------------------------------------------------------------------------
+
+
+class Pushed:
+    """A reader that has entries pushed, and pulls when it must. Takes `takes` of them at a time, then asks again."""
+
+    def __init__(self, tail: Tail, takes: int = 1_000_000) -> None:
+        self.entries: list[Entry] = []
+        self.pulls = 0
+        self._tail = tail
+        self._takes = self._left = takes
+
+    def push(self, entries: list[Entry]) -> bool:
+        self.entries += entries
+        self._left -= 1
+        return self._left > 0 and not entries[-1].is_marker
+
+    async def read_on(self) -> None:
+        """Until the marker."""
+        async with asyncio.timeout(PROMPT_S):
+            while not self.entries or not self.entries[-1].is_marker:
+                self.pulls += 1
+                self._left = self._takes
+                self.entries += await self._tail.next(60, self.push)
+
+
+async def test_entries_are_pushed_to_whoever_waits_for_them(store: JobStore, switchboard: Switchboard) -> None:
+    attempt = await running(store)
+    async with switchboard.follow(attempt.job_id) as tail:
+        await next_of(tail)
+        await subscribed(store, attempt.job_id)
+        await assert_silent(tail)
+        reader = Pushed(tail)
+        reading = asyncio.create_task(reader.read_on())
+        await asyncio.sleep(0)
+        for number in range(50):
+            await attempt.say(b"%d" % number)
+        await attempt.finish_ok()
+        await reading
+        assert reader.entries == (await entries_of(store, attempt.job_id))[1:]
+        assert reader.pulls == 1
+
+
+@pytest.mark.parametrize("takes", [1, 3])
+async def test_a_reader_that_wants_no_more_for_now_misses_nothing(
+    store: JobStore, switchboard: Switchboard, takes: int
+) -> None:
+    attempt = await running(store)
+    async with switchboard.follow(attempt.job_id) as tail:
+        reader = Pushed(tail, takes)
+        reading = asyncio.create_task(reader.read_on())
+        await subscribed(store, attempt.job_id)
+        for number in range(50):
+            await attempt.say(b"%d" % number)
+        await attempt.finish_ok()
+        await reading
+        assert reader.entries == await entries_of(store, attempt.job_id)
+        assert reader.pulls > 1
+
+
+async def test_a_pushed_reader_pulls_what_pub_sub_has_missed(store: JobStore, switchboard: Switchboard) -> None:
+    attempt = await running(store)
+    async with switchboard.follow(attempt.job_id) as tail:
+        reader = Pushed(tail)
+        reading = asyncio.create_task(reader.read_on())
+        await subscribed(store, attempt.job_id)
+        for number in range(30):
+            await attempt.say(b"%d" % number, publish=number % 7 != 3)
+        await store.redis.publish(store.keys.stream_channel(attempt.job_id), b"nonsense")
+        await attempt.finish_ok()
+        await reading
+        assert reader.entries == await entries_of(store, attempt.job_id)
+
+
+async def test_what_a_reader_raises_is_raised_to_it(store: JobStore, switchboard: Switchboard) -> None:
+    attempt = await running(store)
+
+    def push(entries: list[Entry]) -> bool:
+        raise OSError("the client is gone")
+
+    async with switchboard.follow(attempt.job_id) as tail, switchboard.follow(attempt.job_id) as other:
+        for reader in (tail, other):
+            await next_of(reader)
+        await subscribed(store, attempt.job_id)
+        for reader in (tail, other):
+            await assert_silent(reader)
+        reading = asyncio.create_task(tail.next(PROMPT_S, push))
+        await asyncio.sleep(0)
+        said = await attempt.say(b"a")
+        with pytest.raises(OSError, match="the client is gone"):
+            await reading
+        assert await next_of(other) == said
+
+
+async def test_an_interrupted_reader_is_pushed_nothing_more(store: JobStore, switchboard: Switchboard) -> None:
+    attempt = await running(store)
+    async with switchboard.follow(attempt.job_id) as tail:
+        await next_of(tail)
+        await subscribed(store, attempt.job_id)
+        await assert_silent(tail)
+        reader = Pushed(tail)
+        reading = asyncio.create_task(tail.next(60, reader.push))
+        await asyncio.sleep(0)
+        tail.interrupt()
+        await attempt.say(b"a")
+        assert await reading == []
+        assert reader.entries == []
 
 
 # -- what pub/sub misses -----------------------------------------------------------------------------------------------
@@ -294,16 +411,9 @@ async def test_entries_published_while_the_subscription_is_on_its_way_arrive(
     store: JobStore, switchboard: Switchboard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt = await running(store)
-    pubsub = switchboard._pubsub
-    assert pubsub is not None
-    send_now = asyncio.Event()
-    subscribe = pubsub.subscribe
-
-    async def slow_subscribe(*channels: Any) -> Any:
-        await send_now.wait()
-        return await subscribe(*channels)
-
-    monkeypatch.setattr(pubsub, "subscribe", slow_subscribe)
+    sent_later: list[tuple[ListenWire, bytes]] = []
+    write = ListenWire.write
+    monkeypatch.setattr(ListenWire, "write", lambda wire, commands: sent_later.append((wire, commands)))
 
     async def follow() -> list[Entry]:
         async with switchboard.follow(attempt.job_id) as tail:
@@ -317,7 +427,9 @@ async def test_entries_published_while_the_subscription_is_on_its_way_arrive(
     await asyncio.sleep(SOON_S)
     await attempt.say(b"a", b"b")
     await attempt.finish_ok()
-    send_now.set()
+    monkeypatch.undo()
+    for wire, commands in sent_later:
+        write(wire, commands)
     whole = await entries_of(store, attempt.job_id)
     assert await asyncio.gather(*readers) == [whole, whole]
 
@@ -329,21 +441,15 @@ async def test_a_reader_that_comes_while_the_connection_is_being_made_is_subscri
     attempt = await running(store)
     own = make_store()
     connect_now, connecting = asyncio.Event(), asyncio.Event()
-    make_pubsub = own.redis.pubsub
 
-    def slow_pubsub(**options: Any) -> Any:
-        pubsub = make_pubsub(**options)
-        execute = pubsub.execute_command
+    @asynccontextmanager
+    async def open_slowly(*arguments: Any) -> AsyncIterator[ListenWire]:
+        connecting.set()
+        await connect_now.wait()
+        async with open_wire(*arguments) as wire:
+            yield wire
 
-        async def slow_execute(*command: Any) -> Any:
-            connecting.set()
-            await connect_now.wait()
-            return await execute(*command)
-
-        monkeypatch.setattr(pubsub, "execute_command", slow_execute)
-        return pubsub
-
-    monkeypatch.setattr(own.redis, "pubsub", slow_pubsub)
+    monkeypatch.setattr(api.tail, "open_wire", open_slowly)
     async with Switchboard(own) as switchboard:
         await connecting.wait()
         async with switchboard.follow(attempt.job_id) as tail:
@@ -355,7 +461,6 @@ async def test_a_reader_that_comes_while_the_connection_is_being_made_is_subscri
             assert await next_of(tail) == said
 
 
-@pytest.mark.parametrize("backend", ["valkey"], indirect=True)
 async def test_nothing_is_lost_or_doubled_when_the_pub_sub_connection_is_killed(
     store: JobStore, switchboard: Switchboard
 ) -> None:
@@ -371,7 +476,6 @@ async def test_nothing_is_lost_or_doubled_when_the_pub_sub_connection_is_killed(
         assert await reading == await entries_of(store, attempt.job_id)
 
 
-@pytest.mark.parametrize("backend", ["valkey"], indirect=True)
 async def test_a_killed_pub_sub_connection_is_made_again_with_all_subscriptions(
     store: JobStore, switchboard: Switchboard
 ) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from tests.speaking import RecordingVoice, a_turn
 from tests.upstream import ScriptedUpstream, scripted_upstream
 from tests.waiting import async_wait_until
 from worker.agents.contract import AgentError, Outcome, Usage, Voice
-from worker.agents.openai import FORWARDED_PARAMS, OpenAIAgent
+from worker.agents.openai import FORWARDED_PARAMS, EventData, OpenAIAgent, _parsed
 
 
 @pytest.fixture
@@ -82,6 +85,37 @@ async def test_an_http_error_shows_its_status_only(agent: OpenAIAgent, status: i
 async def test_an_unknown_finish_reason_is_an_error(agent: OpenAIAgent, reason: str) -> None:
     with pytest.raises(AgentError, match="unknown reason"):
         await agent.run(a_turn(f"[[mock k=2 i=0 reason={reason}]]"), RecordingVoice())
+
+
+@given(
+    events=st.lists(st.lists(st.binary(max_size=9).map(lambda b: b.translate(None, b"\r\n")), min_size=1, max_size=3)),
+    line_end=st.sampled_from([b"\n", b"\r\n"]),
+    space=st.sampled_from([b"", b" "]),
+    cuts=st.lists(st.integers(min_value=0), max_size=9),
+)
+def test_events_are_read_as_the_sdk_reads_them(
+    events: list[list[bytes]], line_end: bytes, space: bytes, cuts: list[int]
+) -> None:
+    """However the body is cut on its way."""
+    body = b": a comment" + line_end * 2 + b"event: x" + line_end
+    for lines in events:
+        for line in lines:
+            body += b"data:" + (b" " if line.startswith(b" ") else space) + line + line_end
+        body += line_end
+    places = sorted({0, len(body), *(cut % (len(body) + 1) for cut in cuts)})
+    reader = EventData()
+    read = [data for start, end in pairwise(places) for data in reader.feed(body[start:end])]
+    assert read == [b"\n".join(lines) for lines in events]
+
+
+def test_half_a_surrogate_pair_is_read() -> None:
+    assert _parsed(b'{"a":"\\ud83d"}') == {"a": "\ud83d"}
+
+
+async def test_connections_are_used_again(agent: OpenAIAgent, upstream: ScriptedUpstream) -> None:
+    for _ in range(3):
+        await agent.run(a_turn("[[mock k=3 i=0]]"), RecordingVoice())
+    assert upstream.stats["connections"] == 1
 
 
 async def test_nobody_listens() -> None:

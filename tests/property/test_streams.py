@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections import Counter
 from collections.abc import Awaitable, Iterator
 from itertools import pairwise
@@ -32,6 +33,7 @@ from api.chunks import ChunkEncoder, error_frame
 from api.relay import Relay
 from api.sse import PING
 from api.tail import Switchboard
+from shared.connection import connect
 from shared.entries import (
     BEGINNING,
     Entry,
@@ -190,13 +192,16 @@ def test_nothing_is_passed_on_after_a_marker(entries: list[Entry], after: list[E
 
 
 class Deployment:
-    """A store on a fake server, and a loop to run it in: for tests that hypothesis drives step by step."""
+    """A store, by default on a fake server, and a loop to run it in: for tests that hypothesis drives step by step."""
 
-    def __init__(self) -> None:
+    def __init__(self, redis_url: str | None = None) -> None:
         self.runner = asyncio.Runner()
-        self.store = self.run(self._make_store())
+        self.store = self.run(self._make_store(redis_url))
 
-    async def _make_store(self) -> JobStore:
+    async def _make_store(self, redis_url: str | None) -> JobStore:
+        if redis_url is not None:
+            settings = Settings(prefix=f"test-{secrets.token_hex(6)}", redis_url=redis_url)
+            return JobStore(connect(settings), settings)
         client = fake_client(fakeredis.FakeServer(version=(7,)))
         return JobStore(client, Settings(prefix="test", max_attempts=2, max_session_turns=5, max_unfinished=20))
 
@@ -211,6 +216,13 @@ class Deployment:
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
     deployment = Deployment()
+    yield deployment
+    deployment.close()
+
+
+@pytest.fixture(scope="module")
+def real_deployment(redis_url: str) -> Iterator[Deployment]:
+    deployment = Deployment(redis_url)
     yield deployment
     deployment.close()
 
@@ -250,17 +262,23 @@ steps = st.lists(
 
 
 @settings(max_examples=60)
-@given(before=st.integers(0, 8), seen=st.integers(0, 9), steps=steps)
+@given(before=st.integers(0, 8), seen=st.integers(0, 9), steps=steps, pushes=st.booleans())
 def test_a_tail_gives_exactly_what_follows_its_cursor_whatever_pub_sub_brings(
-    deployment: Deployment, before: int, seen: int, steps: list[str]
+    real_deployment: Deployment, before: int, seen: int, steps: list[str], pushes: bool
 ) -> None:
     async def follow() -> None:
-        store = deployment.store
+        store = real_deployment.store
         attempt = await running(store)
         channel = store.keys.stream_channel(attempt.job_id)
         await attempt.say(*(b"%d" % number for number in range(before)))
         cursor = EntryId(1, min(seen - 1, before)) if seen else BEGINNING
         got: list[Entry] = []
+
+        def take(entries: list[Entry]) -> bool:
+            got.extend(entries)
+            return len(got) % 3 != 0 and not entries[-1].is_marker
+
+        push = take if pushes else None
         async with Switchboard(store) as switchboard, switchboard.follow(attempt.job_id, after=cursor) as tail:
             for step in steps:
                 match step:
@@ -276,17 +294,17 @@ def test_a_tail_gives_exactly_what_follows_its_cursor_whatever_pub_sub_brings(
                     case "nonsense":
                         await store.redis.publish(channel, b"nonsense")
                     case _:
-                        got += await tail.next(0.002)
+                        got += await tail.next(0.002, push)
             await attempt.finish_ok()
             async with asyncio.timeout(5):
                 while not got or not got[-1].is_marker:
-                    got += await tail.next(0.5)
+                    got += await tail.next(0.5, push)
         assert got == [entry for entry in await entries_of(store, attempt.job_id) if entry.id > cursor]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api.tail, "PAGE_ENTRIES", 3)
         patch.setattr(api.tail, "QUIET_S", 0.2)
-        deployment.run(follow())
+        real_deployment.run(follow())
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------
