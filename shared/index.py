@@ -175,6 +175,11 @@ class JobIndex:
         )
         return {Shelf.parse(name.decode()): count for name, count in rows if count}
 
+    async def place_of_deleted(self, tenant: str, job_id: str) -> Place | None:
+        """Where a job stood that was deleted some minutes ago, so that a client may delete what it pages through."""
+        accepted_ms: bytes | None = await self._store.redis.get(self._keys.deleted(tenant, job_id))
+        return None if accepted_ms is None else Place(int(accepted_ms), job_id)
+
     async def describe(self, job_id: str, metadata: Mapping[str, str]) -> bool:
         """Gives a job other metadata; False if there is no such job."""
         described = await self._store.script("describe")(
