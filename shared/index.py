@@ -52,13 +52,13 @@ class Place(NamedTuple):
         """The inverse of `cursor`. Raises BadCursorError."""
         try:
             raw = urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4))
-            check, text = raw[:_CHECK_BYTES], raw[_CHECK_BYTES:]
-            place = _PLACE.fullmatch(text.decode("ascii"))
+            match = _PLACE.fullmatch(raw[_CHECK_BYTES:].decode("ascii"))
         except ValueError as error:
             raise BadCursorError("the text is no cursor") from error
-        if place is None or check != _check(text):
+        place = match and cls(int(match[1]), match[2])
+        if place is None or place.cursor() != cursor:
             raise BadCursorError("the text is no cursor")
-        return cls(int(place[1]), place[2])
+        return place
 
     @classmethod
     def of(cls, job: JobRecord) -> Place:
