@@ -67,7 +67,7 @@ async def list_page(request: Request) -> Response:
         model=query.get("model"),
         metadata=_metadata_asked_for(request),
     )
-    place = Place.of(await _find(request, query["after"])) if "after" in query else None
+    place = await _place(request, query["after"]) if "after" in query else None
     rows: list[dict[str, Any]] = []
     row_bytes, has_more = 0, True
     while has_more and not rows:  # an empty page ends a list, so there is none as long as there is more
@@ -137,6 +137,18 @@ async def _find(request: Request, after: str | None = None) -> JobRecord:
     if not job.store:
         raise _not_found(job.job_id)
     return job
+
+
+async def _place(request: Request, after: str) -> Place:
+    """Where the completion `after` stands in the list, or stood before it was deleted. Raises NotFoundError."""
+    try:
+        return Place.of(await _find(request, after))
+    except NotFoundError:
+        with _reachable():
+            place = await services_of(request).index.place_of_deleted(request.scope["tenant"], after)
+        if place is None:
+            raise
+        return place
 
 
 def _not_found(job_id: str) -> NotFoundError:

@@ -52,13 +52,13 @@ class Place(NamedTuple):
         """The inverse of `cursor`. Raises BadCursorError."""
         try:
             raw = urlsafe_b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4))
-            check, text = raw[:_CHECK_BYTES], raw[_CHECK_BYTES:]
-            place = _PLACE.fullmatch(text.decode("ascii"))
+            match = _PLACE.fullmatch(raw[_CHECK_BYTES:].decode("ascii"))
         except ValueError as error:
             raise BadCursorError("the text is no cursor") from error
-        if place is None or check != _check(text):
+        place = match and cls(int(match[1]), match[2])
+        if place is None or place.cursor() != cursor:
             raise BadCursorError("the text is no cursor")
-        return cls(int(place[1]), place[2])
+        return place
 
     @classmethod
     def of(cls, job: JobRecord) -> Place:
@@ -174,6 +174,11 @@ class JobIndex:
             ],
         )
         return {Shelf.parse(name.decode()): count for name, count in rows if count}
+
+    async def place_of_deleted(self, tenant: str, job_id: str) -> Place | None:
+        """Where a job stood that was deleted some minutes ago, so that a client may delete what it pages through."""
+        accepted_ms: bytes | None = await self._store.redis.get(self._keys.deleted(tenant, job_id))
+        return None if accepted_ms is None else Place(int(accepted_ms), job_id)
 
     async def describe(self, job_id: str, metadata: Mapping[str, str]) -> bool:
         """Gives a job other metadata; False if there is no such job."""

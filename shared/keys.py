@@ -32,6 +32,7 @@ _PER_ID = {
     # The index: sorted sets of job ids by the instant of acceptance, and what takes the expired ones out of them.
     "shelf_key": "%s:index:shelf:%s",  # sorted set: the jobs of a tenant that are alike, by the name of their shelf
     "ended_key": "%s:index:ended:%s",  # list: the ended jobs of that shelf, the next to expire first
+    "deleted_key": "%s:index:deleted:%s",  # string: when a deleted job was accepted, by `tenant:job id`; for a while
     "session_jobs_key": "%s:index:session:%s",  # sorted set: the jobs of a session
     "worker_jobs_ended_badly_key": "%s:index:worker:%s",  # sorted set: the jobs of a worker that have no whole answer
     "pair_jobs_key": "%s:index:pair:%s",  # sorted set: the jobs with a pair of metadata, by `tenant:digest of the pair`
@@ -144,6 +145,9 @@ class Keys:
 
     def ended(self, name: str) -> str:
         return _PER_ID["ended_key"] % (self.prefix, name)
+
+    def deleted(self, tenant: str, job_id: str) -> str:
+        return _PER_ID["deleted_key"] % (self.prefix, f"{tenant}:{job_id}")
 
     def session_jobs(self, session: str) -> str:
         return _PER_ID["session_jobs_key"] % (self.prefix, session)

@@ -38,6 +38,15 @@ async def actual_index(store: JobStore) -> Members:
     return sets
 
 
+def actual_index_of(redis: Any, keys: Keys) -> Members:
+    """The same through a blocking client."""
+    return {
+        key.decode(): {job_id.decode(): int(score) for job_id, score in redis.zrange(key, 0, -1, withscores=True)}
+        for key in redis.scan_iter(f"{keys.prefix}:index:*", count=1000)
+        if redis.type(key) == b"zset"
+    }
+
+
 async def index_keys(store: JobStore) -> list[str]:
     """All keys of the index, with what takes out the expired ones."""
     redis: Any = store.redis

@@ -17,6 +17,7 @@ from shared.packs import entries_from_row
 from tests.chaos.cluster import MAX_ATTEMPTS, Cluster
 from tests.chaos.load import Told
 from tests.conftest import leaks
+from tests.index import actual_index_of, expected_index
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 # Codes that only a marker brings: the record of the job must say the same.
@@ -79,6 +80,7 @@ class Oracle:
             *(f"{told}: {what}" for told in self._told for what in self._complaints_of(told)),
             *self._about_records(),
             *self._about_streams(),
+            *self._about_the_index(),
             *leaks(self._redis, self._cluster.keys.prefix),
         ]
 
@@ -150,6 +152,14 @@ class Oracle:
             said_in = {entry_id.attempt for entry_id, kind in zip(ids, kinds, strict=True) if kind == "delta"}
             if len(said_in) > 1:
                 yield f"{job_id}: the attempts {said_in} have both said something"
+
+    def _about_the_index(self) -> Iterator[str]:
+        """It names the jobs that have a record, and each of them where its record says."""
+        keys = self._cluster.keys
+        expected, actual = expected_index(keys, list(self._records.values())), actual_index_of(self._redis, keys)
+        for name in sorted(expected.keys() | actual.keys()):
+            if expected.get(name) != actual.get(name):
+                yield f"{name} holds {actual.get(name)}, not {expected.get(name)}"
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 

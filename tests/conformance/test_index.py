@@ -363,6 +363,9 @@ async def test_a_deleted_and_described_job_leaves_nothing_behind(store: JobStore
     await index.describe(job.job_id, {"env": "prod"})
     await store.delete(job.job_id)
     assert await actual_index(store) == {}
+    assert await index.place_of_deleted("default", job.job_id) == Place.of(job)
+    assert await index.place_of_deleted("acme", job.job_id) is None
+    await store.redis.delete(store.keys.deleted("default", job.job_id))
     await store.sweep()
     assert await index_keys(store) == []
 

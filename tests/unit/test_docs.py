@@ -54,6 +54,8 @@ def test_the_protocol_names_every_key_and_channel() -> None:
     names = {keys.queue, keys.bell, keys.deadlines, keys.workers, keys.sweeper, keys.webhooks}
     names |= {keys.job("J"), keys.request("J"), keys.stream("J"), keys.stream_channel("J"), keys.packing("J")}
     names |= {keys.webhook("J")}
+    names |= {keys.shelves, keys.shelf("L"), keys.ended("L"), keys.session_jobs("S"), keys.pair_jobs("T", "D")}
+    names |= {keys.worker_jobs_ended_badly("W"), keys.deleted("T", "J")}
     names |= {keys.worker("W"), keys.worker_jobs("W"), keys.worker_channel("W"), keys.turns("S"), keys.session("S")}
     assert [name for name in names if f"`{name}`" not in PROTOCOL] == []
 

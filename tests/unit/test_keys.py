@@ -67,6 +67,10 @@ def test_lua_names_the_jobs_with_a_pair_of_metadata_as_python_does() -> None:
     assert in_lua("pair_jobs_key(ARGV[2] .. ':' .. ARGV[3])", "p", "acme", "q83vEjRWeJA") == expected
 
 
+def test_lua_names_the_place_of_a_deleted_job_as_python_does() -> None:
+    assert in_lua("deleted_key(ARGV[2] .. ':' .. ARGV[3])", "p", "acme", "J") == Keys("p").deleted("acme", "J")
+
+
 def test_lua_names_arqs_keys_as_arq_does() -> None:
     assert in_lua("arq_job_key(ARGV[2])", "p", "id") == f"{job_key_prefix}id"
     assert in_lua("arq_retry_key(ARGV[2])", "p", "id") == f"{retry_key_prefix}id"
@@ -74,7 +78,9 @@ def test_lua_names_arqs_keys_as_arq_does() -> None:
 
 def test_every_name_that_lua_knows_is_tested_here() -> None:
     known = re.findall(r"^local (?:function )?(\w+)", lua_names(), re.MULTILINE)
-    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "file_key", "pair_jobs_key", "arq_job_key", "arq_retry_key"])
+    assert sorted(known) == sorted(
+        ["P", *SHARED, *PER_ID, "file_key", "pair_jobs_key", "deleted_key", "arq_job_key", "arq_retry_key"]
+    )
 
 
 def test_what_belongs_to_one_job_is_one_slot() -> None:
