@@ -186,7 +186,8 @@ def test_a_stream_is_read_at_its_beginning_and_then_only_heard(server: Server, c
             messages = script(say=["a"] * ENTRIES, every_s=0.001)
             stream = client.chat.completions.create(model="endmark", messages=messages, stream=True)
             assert text_of(stream) == "a" * ENTRIES
-    assert server.calls("xrange") - before <= 2 * JOBS
+    read, packed = 2, 1  # the second read is due to the subscription; the worker reads it once more to pack it
+    assert server.calls("xrange") - before <= (read + packed) * JOBS
 
 
 # -- connections -------------------------------------------------------------------------------------------------------
