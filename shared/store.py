@@ -444,6 +444,10 @@ class JobStore:
         )
         return [Swept(job_id.decode(), what.decode()) for job_id, what in rows]
 
+    async def probe(self) -> None:
+        """Changes nothing. Raises one of FAILURES unless Redis takes writes."""
+        await self.redis.delete(f"{self.keys.prefix}:nothing")
+
     # -- reading -----------------------------------------------------------------------------------------------------
 
     async def stale(self, cursors: Sequence[tuple[str, EntryId]]) -> set[str]:
