@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arq.constants import job_key_prefix, retry_key_prefix
+from arq.constants import job_key_prefix
 
 # Templates of the keys that are made from an id. `%s` is the only directive, so that Python and Lua format them alike.
 _PER_ID = {
@@ -168,6 +168,5 @@ def lua_names() -> str:
     ]
     lines += [
         f"local function arq_job_key(id) return '{job_key_prefix}' .. id end",
-        f"local function arq_retry_key(id) return '{retry_key_prefix}' .. id end",
     ]
     return "\n".join(lines)

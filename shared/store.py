@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from arq.connections import ArqRedis
+from arq.constants import job_key_prefix
 from arq.jobs import serialize_job
 from redis.exceptions import NoScriptError
 
@@ -65,6 +66,7 @@ class Claim(NamedTuple):
     attempt: int
     started_ms: int  # Redis's clock when the attempt was opened
     request: bytes | None  # what `Submission.request_bytes` made; None if it is gone
+    arq_job: bytes | None = None  # arq's own record, which names the function; None if it is gone
 
 
 class Held(NamedTuple):
@@ -255,7 +257,8 @@ class JobStore:
             _UNWANTED.payload(),
         )
         return [
-            Claim(job_id.decode(), int(attempt), int(started), request) for job_id, attempt, started, request in rows
+            Claim(job_id.decode(), int(attempt), int(started), request, arq_job)
+            for job_id, attempt, started, request, arq_job in rows
         ]
 
     async def held_by(self, worker_id: str, known: Mapping[str, int] | None = None) -> list[Held]:
@@ -276,12 +279,12 @@ class JobStore:
         for job_id in job_ids:
             async with self.redis.pipeline(transaction=False) as pipe:
                 pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
-                pipe.get(self.keys.request(job_id))
+                pipe.mget(self.keys.request(job_id), f"{job_key_prefix}{job_id}")
                 pipe.xrevrange(self.keys.stream(job_id), count=1)
-                (status, worker, attempt, started_ms), request, last = await pipe.execute()
+                (status, worker, attempt, started_ms), (request, arq_job), last = await pipe.execute()
             if worker is not None and worker != worker_id.encode():
                 continue
-            claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request)
+            claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request, arq_job)
             held.append(
                 Held(
                     claim,

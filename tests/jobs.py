@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from arq.constants import job_key_prefix, retry_key_prefix
+from arq.constants import job_key_prefix
 
 from shared.entries import (
     BEGINNING,
@@ -180,7 +180,7 @@ async def everything(store: JobStore) -> dict[str, Any]:
     redis: Any = store.redis
     names = [name.decode() async for name in redis.scan_iter(f"{store.keys.prefix}:*", count=1000)]
     job_ids = {match[1] for name in names if (match := re.search(r"{(.*)}", name))}
-    names += [name for job_id in job_ids for name in (f"{job_key_prefix}{job_id}", f"{retry_key_prefix}{job_id}")]
+    names += [f"{job_key_prefix}{job_id}" for job_id in job_ids]
     return {name: value for name in names if (value := await _value(redis, name)) is not None}
 
 

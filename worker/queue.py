@@ -1,10 +1,10 @@
 """arq's worker, made to wait for a bell instead of polling, to claim with a lease, and to drain.
 
-What stays arq's: its job format and queue, `main` and `run_job`, which look the function up and call it.
+What stays arq's: its queue, its record of each job, the table of functions, `main`, the health check, the command line.
 What changes, and why (arq 0.28, docs/decisions/0002-arq.md):
     _poll_iteration     waits for the bell, then claims many jobs by one script; arq polls, and its claim fences nothing
-    finish_job          does nothing; the marker's script has removed arq's keys, and arq's own removal is not fenced
-    finish_failed_job   arq gives a job up without calling us; it gets its marker here
+    run_job             not used: the claim brings arq's record along, which saves a round trip; a job that cannot be
+                        delivered gets its marker here; retries, results and aborts are the sweep's and the stream's
     signal handlers     the first one drains, the second one stops now; each job still gets its marker
 """
 
@@ -22,9 +22,11 @@ from typing import Any
 
 import structlog
 import uvloop
-from arq.worker import Worker, func
+from arq.cron import CronJob
+from arq.jobs import DeserializationError, deserialize_job_raw
+from arq.worker import Function, Worker, func
 
-from shared.connection import FAILURES, LAST_RETRY_S, connect, insist, passes, try_for
+from shared.connection import FAILURES, connect, insist, passes, try_for
 from shared.entries import ErrorMarker
 from shared.files import FileStore
 from shared.garbage import collect_less
@@ -43,7 +45,7 @@ from worker.compactor import Compactor
 from worker.liveness import Heartbeat
 from worker.orders import follow_orders
 from worker.publisher import Publisher
-from worker.run import ABANDON_S, CLEAN_UP_S, Run, Stop
+from worker.run import Run, Stop
 from worker.webhook_post import WebhookPoster
 from worker.webhooks import WebhookDeliverer
 
@@ -51,7 +53,6 @@ log = structlog.get_logger(__name__)
 
 BELL_TIMEOUT_S = 1  # how late a job is noticed if the worker that heard the bell dies before it claims
 RECONCILE_S = 5.0  # how often the worker compares what it runs with what Redis says that it holds
-MAX_DELIVERIES = 1000  # arq counts deliveries; the claim counts attempts, and is the one to give up
 PAUSE_S = 1.0  # how long the worker waits for a free slot or an order to stop before it looks around
 HEALTH_CHECK_INTERVAL_S = 10  # arq's own health record, for `arq --check`
 STOP_TIMEOUT_S = 15.0  # what the jobs get to write their markers after the drain
@@ -102,9 +103,6 @@ class QueueWorker(Worker):
             "poll_delay": 0,  # _poll_iteration waits for the bell instead
             "keep_result": 0,  # the stream is the result
             "retry_jobs": False,  # recovery retries, see the sweep
-            "max_tries": MAX_DELIVERIES,
-            # The last resort behind our own run timeout.
-            "job_timeout": settings.run_timeout_s + CLEAN_UP_S + ABANDON_S + STOP_TIMEOUT_S,
             "ctx": {"runs": self.runs},
             "job_serializer": json_bytes,
             "job_deserializer": parse_json,
@@ -242,24 +240,38 @@ class QueueWorker(Worker):
         self.tasks[claim.job_id] = task
 
     async def _deliver(self, run: Run, earlier: asyncio.Task[Any] | None) -> None:
-        """Lets arq find the job and call its function, which executes the run."""
+        """Calls the function that arq's record of the job names, which executes the run."""
         claim = run.claim
         if earlier is not None:
             await asyncio.wait({earlier})
         try:
-            while not run.has_begun():
-                try:
-                    await self.run_job(claim.job_id, claim.started_ms)
-                except FAILURES as error:
-                    if run.has_begun() or not passes(error):
-                        raise
-                    log.warning("delivery_failed", job=claim.job_id, attempt=claim.attempt, reason=str(error))
-                    await asyncio.sleep(LAST_RETRY_S)
-                else:
-                    return
+            function = self._function_of(claim)
+            if function is None:
+                self.jobs_failed += 1
+                await self._give_up(claim)
+            else:
+                await function.coroutine(self.ctx | {"job_id": claim.job_id})
+                self.jobs_complete += 1
         except Exception:
+            self.jobs_failed += 1
             log.exception("job_task_failed", job=claim.job_id, attempt=claim.attempt)
             await insist(lambda: self.store.release(claim, self.worker_id))  # which ends it, if need be
+
+    def _function_of(self, claim: Claim) -> Function | CronJob | None:
+        """None if arq's record is gone or unreadable, or names no function of ours."""
+        if claim.arq_job is None:
+            return None
+        try:
+            name, *_ = deserialize_job_raw(claim.arq_job, deserializer=parse_json)
+        except (DeserializationError, TypeError):
+            return None
+        return self.functions.get(name)
+
+    async def _give_up(self, claim: Claim) -> None:
+        log.error("job_undeliverable", job=claim.job_id)
+        error = ErrorMarker(ErrorCode.UNDELIVERABLE, "The request could not be delivered to a worker.")
+        await insist(lambda: self.store.give_up(claim, self.worker_id, error))
+        await insist(lambda: self.store.release(claim, self.worker_id))
 
     def _forget_finished(self) -> None:
         for job_id, task in list(self.tasks.items()):
@@ -268,19 +280,6 @@ class QueueWorker(Worker):
                 del self.runs[job_id]
                 if not task.cancelled() and (error := task.exception()):
                     log.error("job_not_released", job=job_id, exc_info=error)
-
-    # -- what arq calls ------------------------------------------------------------------------------------------------
-
-    async def finish_job(self, *_: Any, **__: Any) -> None:
-        """Nothing to do: the script that appended the marker has removed arq's keys."""
-
-    async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:  # noqa: ARG002  # arq's signature
-        """arq gives the job up: expired, unreadable, aborted, tried too often, or of an unknown function."""
-        log.error("job_undeliverable", job=job_id)
-        error = ErrorMarker(ErrorCode.UNDELIVERABLE, "The request could not be delivered to a worker.")
-        claim = self.runs[job_id].claim
-        await insist(lambda: self.store.give_up(claim, self.worker_id, error))
-        await insist(lambda: self.store.release(claim, self.worker_id))
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 

@@ -148,16 +148,11 @@ class Run:
         self._worker_id = worker_id
         self._settings = store.settings
         self._stop: Stop | None = None
-        self._begun = False
         self._voice: StreamVoice | None = None
         self._agent_task: asyncio.Task[Outcome] | None = None
         self._stopped = asyncio.Event()
         self._attempt = publisher.open(claim, self._on_lost)
         self._log = log.bind(job=claim.job_id, attempt=claim.attempt)
-
-    def has_begun(self) -> bool:
-        """Whether arq has delivered the job."""
-        return self._begun
 
     def idle_left_s(self) -> float | None:
         """How long the agent may go on saying nothing, and then clean up; None if none runs. Any thread may ask.
@@ -185,7 +180,6 @@ class Run:
 
     async def execute(self) -> None:
         """Returns when the job has its marker and the agent has stopped. Cancelled: the worker is going down now."""
-        self._begun = True
         self._log.info("job_started", agent=self._agent.name)
         voice = self._voice = StreamVoice(self._attempt, max_bytes=self._settings.max_answer_bytes)
         started_at = voice.last_said_at

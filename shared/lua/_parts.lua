@@ -165,7 +165,7 @@ local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
   redis.call('HSET', job_key(id), 'status', status, 'finished_ms', int(now))
   if kind == 'error' then redis.call('HSET', job_key(id), 'error', payload) end
   redis.call('ZREM', queue, id)
-  redis.call('DEL', arq_job_key(id), arq_retry_key(id))
+  redis.call('DEL', arq_job_key(id))
   redis.call('PEXPIRE', job_key(id), retention_ms)
   redis.call('PEXPIRE', request_key(id), retention_ms)
   redis.call('UNLINK', attachments_key(id))

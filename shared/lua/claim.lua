@@ -3,8 +3,8 @@
 -- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms,
 --       6 retention in ms, 7 the payload of the error marker of a job for which nobody waits any more
 -- Returns nothing if the worker holds no lease, since nobody would notice its death, or if the queue is paused.
--- Otherwise a list of {job id, attempt, started ms, request}; ids whose job is gone, has ended or must not start any more
--- are dropped on the way.
+-- Otherwise a list of {job id, attempt, started ms, request, arq's job}; ids whose job is gone, has ended or must not start
+-- any more are dropped on the way.
 
 local worker, now = ARGV[2], now_ms()
 local lease_end = redis.call('ZSCORE', workers, worker)
@@ -60,7 +60,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
       redis.call('PEXPIRE', key, ARGV[5])
     end
     redis.call('ZREM', KEYS[1], id)
-    claimed[#claimed + 1] = {id, attempt, int(now), redis.call('GET', request_key(id))}
+    claimed[#claimed + 1] = {id, attempt, int(now), unpack(redis.call('MGET', request_key(id), arq_job_key(id)))}
   end
 end
 

@@ -167,7 +167,6 @@ async def test_a_claimed_job_is_out_of_arqs_queue_but_can_be_run_by_arq(store: J
 async def test_nothing_of_arq_is_left_after_the_end(make_store: MakeStore, how: str) -> None:
     store = make_store(queue_timeout_s=0.01 if how == "sweep" else 300)
     job_id = await submitted(store)
-    await store.redis.set(f"arq:retry:{job_id}", 1, ex=60)
     worker = await a_worker(store)
     if how in ("finish", "cancel while running"):
         attempt = await worker.claim_one()
@@ -179,7 +178,7 @@ async def test_nothing_of_arq_is_left_after_the_end(make_store: MakeStore, how: 
         case _:
             assert await store.cancel(job_id, "") is Ending.DONE
     assert await store.redis.zscore(store.keys.queue, job_id) is None
-    assert await store.redis.exists(f"{job_key_prefix}{job_id}", f"arq:retry:{job_id}", f"arq:result:{job_id}") == 0
+    assert await store.redis.exists(f"{job_key_prefix}{job_id}", f"arq:result:{job_id}") == 0
 
 
 # -- claiming ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import get_args
 
 import fakeredis
 import pytest
-from arq.constants import job_key_prefix, retry_key_prefix
+from arq.constants import job_key_prefix
 
 from shared import scripts
 from shared.keys import Keys, lua_names
@@ -73,14 +73,11 @@ def test_lua_names_the_place_of_a_deleted_job_as_python_does() -> None:
 
 def test_lua_names_arqs_keys_as_arq_does() -> None:
     assert in_lua("arq_job_key(ARGV[2])", "p", "id") == f"{job_key_prefix}id"
-    assert in_lua("arq_retry_key(ARGV[2])", "p", "id") == f"{retry_key_prefix}id"
 
 
 def test_every_name_that_lua_knows_is_tested_here() -> None:
     known = re.findall(r"^local (?:function )?(\w+)", lua_names(), re.MULTILINE)
-    assert sorted(known) == sorted(
-        ["P", *SHARED, *PER_ID, "file_key", "pair_jobs_key", "deleted_key", "arq_job_key", "arq_retry_key"]
-    )
+    assert sorted(known) == sorted(["P", *SHARED, *PER_ID, "file_key", "pair_jobs_key", "deleted_key", "arq_job_key"])
 
 
 def test_what_belongs_to_one_job_is_one_slot() -> None:
