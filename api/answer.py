@@ -40,7 +40,7 @@ class Answer:
         self._waits = waits
         self._may_come_back = may_come_back
         self._relay = Relay()
-        self._client_gone = False
+        self._client_gone = asyncio.Event()
 
     async def entries(self, tail: Tail, timeout_s: float, push: Push | None = None) -> list[Entry]:
         """The next entries to pass on; none after the timeout, or when `ending` is set. Raises ClientGoneError.
@@ -58,9 +58,18 @@ class Answer:
             self._relay.ending = _explain(error)
             log.warning("relay_failed", job=self.job_id, code=self._relay.ending.code, reason=repr(error))
             return []
-        if self._client_gone:
+        if self._client_gone.is_set():
             raise ClientGoneError
         return self._relay.accept(entries)
+
+    async def sleep(self, seconds: float) -> None:
+        """Raises ClientGoneError as soon as the client is gone."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._client_gone.wait()
+        except TimeoutError:
+            return
+        raise ClientGoneError
 
     @property
     def ending(self) -> OkMarker | ErrorMarker | None:
@@ -89,7 +98,7 @@ class Answer:
     async def _watch_client(self, receive: Receive, tail: Tail) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._client_gone = True
+        self._client_gone.set()
         tail.interrupt()
 
     async def _leave(self, why: str, *, may_come_back: bool = False) -> None:

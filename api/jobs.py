@@ -28,6 +28,7 @@ from api.job_events import JobEventEncoder
 from api.job_objects import answer_object, attempts, job_object, timeline, timings
 from api.operations import note, operator_of
 from api.paging import limit_of, newest_first
+from api.replay import ReplayedAnswer
 from api.services import reached, services_of
 from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
@@ -36,6 +37,7 @@ from shared.entries import BEGINNING, Entry, UnreadableEntryError
 from shared.index import BadCursorError, JobFilter, Place
 from shared.jobs import Attachment, JobKind, JobRecord, Status, Submission, new_job_id
 from shared.store import Deletion, Ending
+from shared.timing import UnreadableTimingError, decode
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +45,7 @@ FILTERS = ("status", "kind", "model", "session", "tenant", "code", "worker", "me
 COUNT_FILTERS = ("status", "kind", "model", "tenant", "code", "since", "until")
 SHOWN_BYTES = 1024 * 1024  # of an answer, in one response
 PAGE_ENTRIES = 200
+SLOWEST, FASTEST = 0.01, 1000  # speeds of a replay
 _PAIR = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 _INSTANT = re.compile(r"\d{1,15}")
 _KINDS = {kind.name.lower(): kind for kind in JobKind}
@@ -215,7 +218,28 @@ async def events(request: Request) -> Response:
     if job.is_terminal and job.entries is not None and after == job.entries + 1:
         return Response(status_code=204)
     encoder = JobEventEncoder(starting_after=after)
+    if "speed" in request.query_params:
+        return await _replay(request, job, encoder)
     return StreamedAnswer(Answer(services_of(request), job.job_id), encoder, starting_after=after)
+
+
+async def _replay(request: Request, job: JobRecord, encoder: JobEventEncoder) -> Response:
+    """The events with the pauses that they had. Raises InvalidRequestError, NotFinishedError or GoneError."""
+    services = services_of(request)
+    try:
+        speed = float(request.query_params["speed"])
+    except ValueError:
+        speed = 0.0
+    if not SLOWEST <= speed <= FASTEST:
+        raise InvalidRequestError(f"speed must be a number from {SLOWEST} to {FASTEST}.", param="speed")
+    if not job.is_terminal:
+        raise NotFinishedError(f"The job {job.job_id} is {job.status.value}: only what has ended has a timing.")
+    timing = await reached(lambda: services.store.timing(job.job_id))
+    try:
+        offsets_ms = decode(timing or b"")
+    except UnreadableTimingError as error:
+        raise GoneError("When the job said what was not noted.", code="no_timing") from error
+    return ReplayedAnswer(Answer(services, job.job_id), encoder, offsets_ms, speed)
 
 
 def _last_event_id(request: Request) -> int | None:

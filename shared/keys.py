@@ -17,6 +17,7 @@ _PER_ID = {
     "attachments_key": "%s:{%s}:attachments",  # list: the files that came inside of the request
     "stream_key": "%s:{%s}:stream",  # stream: what the agent said, and how it ended
     "packing_key": "%s:{%s}:packing",  # stream: what is to take its place, packed, while it is being made
+    "times_key": "%s:{%s}:times",  # string: when the entries of that stream were said (shared/timing.py)
     "stream_channel": "%s:{%s}:stream",  # pub/sub: every entry of that stream, as it is appended
     "webhook_key": "%s:{%s}:webhook",  # hash: where the job's end is told, and what became of telling it
     # What follows the kind is the session's own name, whatever it holds: no other key begins like these two.
@@ -106,6 +107,9 @@ class Keys:
 
     def packing(self, job_id: str) -> str:
         return _PER_ID["packing_key"] % (self.prefix, job_id)
+
+    def times(self, job_id: str) -> str:
+        return _PER_ID["times_key"] % (self.prefix, job_id)
 
     def stream_channel(self, job_id: str) -> str:
         return _PER_ID["stream_channel"] % (self.prefix, job_id)

@@ -312,6 +312,7 @@ class JobStore:
         session_state: bytes | None,
         *,
         agent_stopped: bool,
+        timing: bytes = b"",
     ) -> tuple[list[str], list[str | bytes | int]]:
         """Keys and arguments of the `finish` script, for a pipeline that sends it behind the last entries.
 
@@ -330,6 +331,7 @@ class JobStore:
             "1" if agent_stopped else "0",
             session_state or b"",
             round(self.settings.session_ttl_s * 1000),
+            timing,
             "entries",
             marker.id.sequence - 1,
             *_flatten(fields),
@@ -492,6 +494,11 @@ class JobStore:
         """What Redis knows of a job; None if there is none."""
         fields: dict[bytes, bytes] = await self.redis.hgetall(self.keys.job(job_id))  # type: ignore[misc]  # as above
         return JobRecord.from_hash(job_id, fields) if fields else None
+
+    async def timing(self, job_id: str) -> bytes | None:
+        """When the entries of the job's stream were said; None: nobody has noted it. See shared/timing.py."""
+        stored: bytes | None = await self.redis.get(self.keys.times(job_id))
+        return stored
 
     async def request(self, job_id: str) -> dict[str, Any] | None:
         """What `Submission.request_bytes` made of the request; None if it is gone."""

@@ -10,6 +10,8 @@ Rule 4: an attempt that finds a later one open, or the job ended, is lost: someb
 from __future__ import annotations
 
 import asyncio
+import time
+from array import array
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from types import TracebackType
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 import structlog
 from redis.exceptions import NoScriptError
 
-from shared import scripts
+from shared import scripts, timing
 from shared.connection import FAILURES, FIRST_RETRY_S, LAST_RETRY_S, passes
 from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
 from shared.jobs import Status
@@ -74,6 +76,8 @@ class AttemptLog:
         self._confirmed = EntryId(claim.attempt, 0)  # Redis has had everything up to here
         self._finish: _Finish | None = None
         self._finished = False
+        self._began_at = time.monotonic()
+        self._offsets_ms = array("I")  # when each entry was numbered, since then
         self._bytes_waiting = 0
         self._flushed = asyncio.Event()
         self._flushed.set()
@@ -131,10 +135,19 @@ class AttemptLog:
     # -- for the publisher ---------------------------------------------------------------------------------------------
 
     def _number_entries(self) -> None:
+        if not self._said:
+            return
+        offset_ms = int((time.monotonic() - self._began_at) * 1000)
         for kind, payload in merge(self._said):
             self._tally.add(kind, payload)
             self._unsent.append(Entry(EntryId(self.claim.attempt, self._tally.count), kind, payload))
+            if len(self._offsets_ms) < timing.MAX_ENTRIES:
+                self._offsets_ms.append(offset_ms)
         self._said.clear()
+
+    def timing(self) -> bytes:
+        """When its entries were said, as it is kept."""
+        return timing.encode(self._offsets_ms) if self._offsets_ms else b""
 
     def take(self) -> tuple[list[Entry], _Finish | None]:
         """Everything that has to be sent now."""
@@ -287,7 +300,7 @@ class Publisher:
             commands += [attempt.append_and_publish(entry) for entry in entries]
             replies += 2 * len(entries)
             if finish is not None:
-                commands.append(self._finish_command(attempt.claim, finish))
+                commands.append(self._finish_command(attempt, finish))
                 replies += 1
         answers = iter(await self._call(commands, replies))
 
@@ -349,15 +362,16 @@ class Publisher:
                 attempt.ended(Ending.DONE)
         await self._call(commands, len(commands))
 
-    def _finish_command(self, claim: Claim, finish: _Finish) -> bytes:
+    def _finish_command(self, attempt: AttemptLog, finish: _Finish) -> bytes:
         keys, args = self._store.finish_args(
-            claim,
+            attempt.claim,
             self._worker_id,
             finish.marker,
             finish.status,
             finish.fields,
             finish.session_state,
             agent_stopped=finish.agent_stopped,
+            timing=attempt.timing(),
         )
         return command("EVALSHA", self._script.sha, len(keys), *keys, *args)
 

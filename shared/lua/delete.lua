@@ -13,7 +13,7 @@ if not status then return 'gone' end
 if not is_terminal(status) then return 'unfinished' end
 -- A worker that has not said yet that it stopped keeps its slot and its session until the sweep frees them.
 if redis.call('ZSCORE', deadlines, id) then return 'unfinished' end
-redis.call('UNLINK', KEYS[1], request_key(id), attachments_key(id), stream_key(id))
+redis.call('UNLINK', KEYS[1], request_key(id), attachments_key(id), stream_key(id), times_key(id))
 redis.call('ZREM', shelf_key(shelf_of(tenant, kind, store, status, error_code(error), model)), id)
 take_from_sets(id, tenant, session, worker, pairs_of_job or '')
 if redis.call('HGET', webhook_key(id), 'state') ~= 'pending' then redis.call('UNLINK', webhook_key(id)) end

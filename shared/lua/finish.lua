@@ -3,7 +3,7 @@
 -- ARGV: 1 prefix, 2 job id, 3 worker id, 4 attempt, 5 sequence of the marker, 6 'ok' | 'error', 7 the marker's payload,
 --       8 status, 9 retention in ms, 10 '1' if the agent has stopped, so that the job is released with its end,
 --       11 with an 'ok' the new session state, or '' to leave it as it is, 12 its time to live in ms, 0: for ever,
---       13.. more fields and values of the record
+--       13 when the entries were said, or '', 14.. more fields and values of the record
 -- Returns 'done', or without any change: 'fenced' (another attempt, another worker, or an end came first) | 'gone'
 -- (no record) | 'incomplete' (the attempt is not whole in the stream).
 
@@ -20,7 +20,8 @@ if not whole then return 'incomplete' end
 even_without_memory()
 local now = now_ms()
 end_job(id, attempt .. '-' .. ARGV[5], kind, ARGV[7], ARGV[8], now, ARGV[9])
-redis.call('HSET', KEYS[1], unpack(ARGV, 13))
+if ARGV[13] ~= '' then redis.call('SET', times_key(id), ARGV[13], 'PX', ARGV[9]) end
+redis.call('HSET', KEYS[1], unpack(ARGV, 14))
 local session, state = job[4], ARGV[11]
 if kind == 'ok' and session ~= '' then
   if state ~= '' then redis.call('SET', session_key(session), state) end

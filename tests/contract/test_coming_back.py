@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,6 +247,44 @@ def test_a_browser_is_told_of_a_failure(service: Deployment) -> None:
     with service.http() as http:
         assert http.get(f"/v1/jobs/{job_id}/events", headers={"last-event-id": str(end.id)}).status_code == 204
     service.redis.delete(service.keys.job(job_id))
+
+
+# -- replayed with its timing ------------------------------------------------------------------------------------------
+
+
+def test_a_finished_job_is_replayed_with_its_pauses(service: Deployment) -> None:
+    job_id = finished(service, say=["a", "b", "c"], every_s=0.2)
+    with event_source(service, job_id) as source:
+        at_once = list(source)
+    arrived: list[float] = []
+    replayed: list[Event] = []
+    with event_source(service, job_id, params={"speed": 2}) as source:
+        for event in source:
+            arrived.append(time.monotonic())
+            replayed.append(event)
+    assert replayed == at_once
+    deltas = [instant for instant, event in zip(arrived, replayed, strict=True) if event.name == "delta"]
+    assert all(later - earlier >= 0.05 for earlier, later in pairwise(deltas)), "half of the pauses that there were"
+
+
+@pytest.mark.parametrize("speed", ["0", "-1", "nan", "inf", "fast", "", "1e9"])
+def test_a_speed_that_is_none_is_refused(service: Deployment, speed: str) -> None:
+    job_id = finished(service, say=["a"])
+    with service.http() as http:
+        answer = http.get(f"/v1/jobs/{job_id}/events", params={"speed": speed})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "speed")
+
+
+def test_only_what_has_ended_and_was_timed_is_replayed(service: Deployment) -> None:
+    with service.client() as client, service.http() as http:
+        stream = client.chat.completions.create(model="endmark", messages=script(say=["a"], then="hang"), stream=True)
+        job_id = next(stream).id
+        path, query = f"/v1/jobs/{job_id}/events", {"speed": "1"}
+        assert http.get(path, params=query).status_code == 409
+        http.post(f"/v1/jobs/{job_id}/cancel")
+        stream.close()
+        answer = http.get(path, params=query)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (410, "no_timing")
 
 
 # -- cancelled by the API ----------------------------------------------------------------------------------------------

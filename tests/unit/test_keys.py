@@ -23,6 +23,7 @@ PER_ID = {
     "file_bytes_key": "file_bytes",
     "stream_key": "stream",
     "packing_key": "packing",
+    "times_key": "times",
     "stream_channel": "stream_channel",
     "webhook_key": "webhook",
     "turns_key": "turns",
