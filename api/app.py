@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from api import files, jobs, operations, stored_completions
 from api.chat import create_completion, watch_completion
+from api.dashboard.app import dashboard_routes
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.services import Services
@@ -115,6 +116,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/v1/models/{model:path}", retrieve_model),
             Route("/health", health),
             Route("/ready", ready),
+            *dashboard_routes(settings),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},
