@@ -2,7 +2,8 @@
 //
 // Rule 1: the server draws; this only moves nodes. Text never becomes markup here.
 // Rule 2: what the reader is at stays: focus, scrolling, opened details, and everything in [data-keep].
-// Rule 3: nothing is asked for while nobody looks, and one question is open at a time.
+// Rule 3: what may come and go has an id, so that its neighbours stay who they are.
+// Rule 4: nothing is asked for while nobody looks, and one question is open at a time.
 
 const main = document.getElementById("main");
 const notice = document.getElementById("notice");
@@ -91,8 +92,8 @@ export async function refresh() {
     }
     if (!response.ok) throw new Error(`${response.status}`);
     const fresh = new DOMParser().parseFromString(await response.text(), "text/html").getElementById("main");
-    const done = main.querySelector(":scope > .done");
-    if (done) fresh.prepend(done.cloneNode(true));
+    const done = document.getElementById("done");
+    if (done) fresh.insertBefore(done.cloneNode(true), fresh.firstElementChild);
     morph(main, fresh);
     document.dispatchEvent(new Event("endmark:drawn"));
     inS = Number(main.dataset.refreshS);
