@@ -94,13 +94,13 @@ def _line(look: str, values: Sequence[float | None], top: float, starts: Sequenc
 
 
 def stretches(job: dict[str, Any], now_ms: int) -> list[Stretch]:
-    """How a job's time went: waiting, up to the first token, speaking. `job` is as `GET /v1/jobs/{id}` answers."""
+    """How a job's time went. `job` is as `GET /v1/jobs/{id}` answers: it knows of the first token when all is over."""
     start_ms: int = job["accepted_ms"]
-    marks: list[tuple[str, int | None]] = [
-        ("waits", job["started_ms"]),
-        ("thinks", job["first_token_ms"]),
-        ("speaks", job["finished_ms"]),
-    ]
+    marks: list[tuple[str, int | None]] = [("waits", job["started_ms"])]
+    if job["first_token_ms"] is None:
+        marks.append(("runs", job["finished_ms"]))
+    else:
+        marks += [("thinks", job["first_token_ms"]), ("speaks", job["finished_ms"])]
     end_ms = job["finished_ms"] or max(now_ms, start_ms)
     whole = max(1, end_ms - start_ms)
     parts: list[Stretch] = []

@@ -356,6 +356,8 @@ def test_the_time_of_a_job_is_divided_without_a_gap() -> None:
     ]
     waiting = job | {"started_ms": None, "first_token_ms": None, "finished_ms": None}
     assert [(part.look, part.width) for part in stretches(waiting, 50)] == [("waits", WIDTH)]
+    running = job | {"first_token_ms": None, "finished_ms": None}
+    assert [(part.look, part.width) for part in stretches(running, 200)] == [("waits", 150), ("runs", 150)]
 
 
 @pytest.mark.parametrize(
