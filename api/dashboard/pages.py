@@ -97,7 +97,7 @@ async def events(request: Request) -> Response:
 
 
 async def entries(request: Request) -> Response:
-    """The stream as Redis holds it."""
+    """What the job said, entry by entry."""
     _require_content(request)
     record = await find_job(request)
     asked = request.query_params.get("after", str(BEGINNING))
@@ -154,7 +154,9 @@ async def _reasons(request: Request, listed: list[dict[str, Any]]) -> dict[str, 
         why = f"all {state['slots']} slots of the workers are taken"
     else:
         why = "a worker is about to take it"
-    return {job_id: why if job_id in claimable else "the turn before it in its session" for job_id in waiting}
+    return {
+        job_id: why if job_id in claimable else "the turn before it in its session has not ended" for job_id in waiting
+    }
 
 
 def _require_content(request: Request) -> None:

@@ -129,6 +129,23 @@ def test_a_job_that_goes_while_it_is_looked_at_says_so(service: Deployment, open
     expect(page.get_by_text("Retry…")).to_have_count(0)
 
 
+def test_a_list_keeps_the_readers_place_while_jobs_come(service: Deployment, open_page: Open) -> None:
+    first = succeed(service, "first", extra_body={"session_id": "place"})
+    for _ in range(12):
+        succeed(service, "more", extra_body={"session_id": "place"})
+    page = open_page("/dashboard/jobs?session=api:place", viewport={"width": 900, "height": 400})
+    link = page.locator(f"#job-{first}").get_by_role("link").first
+    link.focus()
+    link.scroll_into_view_if_needed()
+    handle = link.element_handle()
+    before = link.bounding_box()
+    newest = succeed(service, "newest", extra_body={"session_id": "place"})
+    expect(page.locator(f"#job-{newest}")).to_be_attached()
+    expect(link).to_be_focused()
+    assert before is not None
+    page.wait_for_function("([node, y]) => Math.abs(node.getBoundingClientRect().y - y) < 2", arg=[handle, before["y"]])
+
+
 def test_all_jobs_of_a_filter_are_retried_after_a_look_at_them(service: Deployment, open_page: Open) -> None:
     for _ in range(2):
         fail(service, metadata={"batch": "b1"})
