@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlencode
 
+import structlog
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
@@ -19,6 +20,8 @@ from api.dashboard.inspection import ask
 from api.dashboard.rendering import now_ms, page
 from api.errors import InvalidRequestError, NotFoundError
 from api.services import services_of
+
+log = structlog.get_logger(__name__)
 
 MAX_FORM_BYTES = 64 * 1024
 MAX_BULK = 1000
@@ -47,8 +50,10 @@ class Login:
             target = local_path(form.get("next", ""))
             cookie = self._sessions.begin(form.get("key", "").strip())
             if cookie is None:
+                log.warning("dashboard_login_refused", client=request.client and request.client.host)
                 await self._tries.was_wrong()
                 return page(request, "login.html", status=403, title="Log in", target=target, again=None, is_wrong=True)
+        log.info("dashboard_login", operator=self._sessions.operator(cookie))
         response = RedirectResponse(target, 303)
         response.set_cookie(
             COOKIE,

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import Response
 
+from api.middleware import LOCAL_OPERATOR
 from shared.text import json_bytes
 
 HERE = Path(__file__).parent
@@ -102,7 +103,7 @@ def _environment() -> Environment:
         "as_json": _json,
         "path": lambda text: quote(text, safe=""),
     }
-    environment.globals["ago"] = ago
+    environment.globals |= {"ago": ago, "LOCAL_OPERATOR": LOCAL_OPERATOR}
     return environment
 
 

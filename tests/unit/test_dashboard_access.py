@@ -1,4 +1,4 @@
-"""Who is let into the dashboard, and what its pages are made of."""
+"""Who is let into the dashboard, and where its requests come from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from api.dashboard import access
 from api.dashboard.access import COOKIE, SESSION_S, Sessions, TooManyTriesError, Tries, comes_from_our_page, local_path
-from api.dashboard.charts import HEIGHT, WIDTH, speed, stretches, throughput
-from api.dashboard.curl import commands
-from api.dashboard.filters import Filters
-from api.dashboard.rendering import ago, duration
-from api.dashboard.statistics import overview, percentile
-from shared.entries import ErrorMarker
-from shared.jobs import JobRecord
 from shared.settings import Settings
 
 ADMIN, OTHER = "sk-admin", "sk-other-admin"
@@ -275,117 +268,3 @@ def test_errors_are_pages(operated: TestClient) -> None:
         assert (answer.status_code, answer.headers["content-type"]) == (status, "text/html; charset=utf-8")
         assert 'role="alert"' in answer.text
     assert operated.get("/dashboard/queue/pause").status_code == 405
-
-
-# -- filters -----------------------------------------------------------------------------------------------------------
-
-
-def test_filters_go_from_the_form_to_the_url_and_to_the_api() -> None:
-    filters = Filters.parse(
-        [
-            ("status", "failed"),
-            ("kind", ""),
-            ("since", "1h"),
-            ("metadata_key", "a b"),
-            ("metadata_value", "c&d"),
-            ("x", "y"),
-        ]
-    )
-    assert filters.url() == "/dashboard/jobs?status=failed&since=1h&metadata%5Ba+b%5D=c%26d"
-    assert Filters.parse(filters.items()) == filters
-    assert filters.query(10_000_000) == {"status": "failed", "since": "6400000", "metadata[a b]": "c&d"}
-    assert filters.counted(10_000_000) == {"since": "6400000"}
-    assert filters.chosen(10_000_000) == {"status": "failed", "since": 6_400_000, "metadata": {"a b": "c&d"}}
-    assert not filters.are_counted
-    assert filters.with_(status=None, since=None).fields == {}
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def a_record(**fields: object) -> JobRecord:
-    known = {"kind": "chatcmpl", "status": "succeeded", "accepted_ms": 0} | fields
-    return JobRecord.from_hash("chatcmpl-1", {name.encode(): str(value).encode() for name, value in known.items()})
-
-
-def test_a_percentile_is_a_value_that_was_measured() -> None:
-    assert percentile([], 50) is None
-    assert percentile([7], 95) == 7
-    assert percentile(range(1, 101), 50) == 50
-    assert percentile(range(1, 101), 95) == 95
-    assert percentile([1, 2], 50) == 1
-
-
-def test_the_overview_tells_how_many_how_fast_and_why_not() -> None:
-    failed = ErrorMarker("agent_error", "no").payload().decode()
-    records = [
-        a_record(accepted_ms=1000 * n, started_ms=1000 * n + n, first_token_ms=1000 * n + 2 * n, worker="w1")
-        for n in range(20)
-    ]
-    records.append(a_record(accepted_ms=20_000, status="failed", error=failed, worker="w2"))
-    found = overview(records, now_ms=30_000)
-    assert found is not None
-    assert (found.jobs, found.since_ms, found.until_ms) == (21, 0, 30_000)
-    assert (found.wait.p50_ms, found.wait.p95_ms) == (9, 18)
-    assert found.failures == [("agent_error", 1)]
-    assert [(line.worker, line.jobs, line.failed) for line in found.workers] == [("w1", 20, 0), ("w2", 1, 1)]
-    assert sum(bucket.jobs for bucket in found.buckets) == 21
-    assert found.per_minute == 42
-    chart = throughput(found)
-    assert all(0 <= bar.y < HEIGHT and 0 <= bar.x < WIDTH for bar in chart.bars)
-    assert {bar.look for bar in chart.bars} == {"succeeded", "failed"}
-    curve = speed(found, "wait", "Waited")
-    assert all(0 <= y <= HEIGHT for line in curve.lines for _, y, _ in line.dots)
-    assert overview([], now_ms=1) is None
-
-
-@pytest.mark.parametrize("records", [[a_record()], [a_record(status="queued"), a_record(status="queued")]])
-def test_an_overview_needs_no_measurements(records: list[JobRecord]) -> None:
-    found = overview(records, now_ms=0)
-    assert found is not None
-    assert throughput(found).bars
-    assert speed(found, "first_token", "First token").lines[0].dots == []
-
-
-def test_the_time_of_a_job_is_divided_without_a_gap() -> None:
-    job = {"accepted_ms": 0, "started_ms": 100, "first_token_ms": 200, "finished_ms": 400}
-    assert [(part.look, part.x, part.width) for part in stretches(job, 0)] == [
-        ("waits", 0, 75),
-        ("thinks", 75, 75),
-        ("speaks", 150, 150),
-    ]
-    waiting = job | {"started_ms": None, "first_token_ms": None, "finished_ms": None}
-    assert [(part.look, part.width) for part in stretches(waiting, 50)] == [("waits", WIDTH)]
-    running = job | {"first_token_ms": None, "finished_ms": None}
-    assert [(part.look, part.width) for part in stretches(running, 200)] == [("waits", 150), ("runs", 150)]
-
-
-@pytest.mark.parametrize(
-    ("ms", "text"),
-    [(None, "–"), (3, "3 ms"), (1250, "1.25 s"), (59_999, "1 min"), (200_000, "3 min 20 s"), (7_500_000, "2 h 5 min")],
-)
-def test_durations_are_short(ms: float | None, text: str) -> None:
-    assert duration(ms) == text
-
-
-@pytest.mark.parametrize(("age_s", "text"), [(-5, "just now"), (30, "30 s ago"), (300, "5 min ago"), (7200, "2 h ago")])
-def test_ages_are_in_whole_units(age_s: int, text: str) -> None:
-    assert ago(0, age_s * 1000) == text
-
-
-def test_a_command_holds_the_request_and_never_a_key() -> None:
-    job = {
-        "id": "chatcmpl-1",
-        "kind": "chat",
-        "model": "endmark",
-        "session": "api@acme:s1",
-        "metadata": {"a": "b"},
-        "request": {"messages": [{"role": "user", "content": "it's $HOME"}], "params": {"temperature": 0}},
-    }
-    (what, command), *_ = commands(job, HERE)
-    assert what == "Ask for the same"
-    assert "$ENDMARK_KEY" in command
-    assert """it'"'"'s $HOME""" in command
-    assert '"session_id":"s1"' in command
-    for other in ({"request": None}, {"kind": "response"}):
-        assert [what for what, _ in commands(job | other, HERE)] == ["Look at it", "Watch it"]
