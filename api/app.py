@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from api import files, job_webhook, jobs, operations, responses, stored_completions
 from api.chat import create_completion, watch_completion
+from api.dashboard.app import dashboard_routes
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.services import Services
@@ -136,6 +137,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/v1/models/{model:path}", retrieve_model),
             Route("/health", health),
             Route("/ready", ready),
+            *dashboard_routes(settings),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},

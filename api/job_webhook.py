@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from api.errors import NotFoundError
-from api.services import reached, services_of
+from api.services import JSONResponse, reached, services_of
 from shared.webhooks import AttemptRecord, WebhookRecord, event_id
 
 

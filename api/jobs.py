@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from api.answer import Answer
 from api.body import read_json, validated
@@ -29,7 +29,7 @@ from api.job_objects import answer_object, attempts, job_object, timeline, timin
 from api.operations import note, operator_of
 from api.paging import limit_of, newest_first
 from api.replay import ReplayedAnswer
-from api.services import reached, services_of
+from api.services import JSONResponse, reached, services_of
 from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
 from api.submit import submit

@@ -23,6 +23,7 @@ from shared.settings import DEFAULT_TENANT, Settings, TenantKey, is_loopback
 log = structlog.get_logger(__name__)
 
 OPEN_PATHS = ("/health", "/ready")  # for load balancers, which have no key
+DASHBOARD = "/dashboard"  # has sessions of its own, see api/dashboard/access.py
 LOCAL_OPERATOR = "local"  # who operates a deployment without keys
 LINGER_BYTES, LINGER_S = 256 * 1024 * 1024, 30  # how much, and how long, a refused upload may go on
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=-]{1,128}")
@@ -124,14 +125,17 @@ class AuthMiddleware:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self._keys = [*settings.tenant_keys, *(TenantKey(_secret(key), DEFAULT_TENANT) for key in settings.admin_keys)]
-        self._operators = {_secret(key): f"key-{_fingerprint(_secret(key))}" for key in settings.admin_keys}
+        self._operators = operators_of(settings)
         self._serves_without_key = not settings.api_keys
         self._origins = frozenset(settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            known = self._known_key(Headers(scope=scope).get("authorization"))
-            if known is not None:
+            has_sessions = bool(self._keys) and (scope["path"] + "/").startswith(f"{DASHBOARD}/")
+            known = None if has_sessions else self._known_key(Headers(scope=scope).get("authorization"))
+            if has_sessions:
+                scope["tenant"], scope["operator"] = DEFAULT_TENANT, None
+            elif known is not None:
                 scope["tenant"], scope["operator"] = known.tenant, self._operators.get(known.key)
             else:
                 self._check_locality(scope)
@@ -164,6 +168,11 @@ class AuthMiddleware:
             raise ForbiddenError("Without ENDMARK_API_KEYS only this machine is served, by a loopback address.")
         if origin is not None and not _is_loopback_url(origin) and not self._origins & {origin, "*"}:
             raise ForbiddenError("Without ENDMARK_API_KEYS web pages are served only from ENDMARK_CORS_ORIGINS.")
+
+
+def operators_of(settings: Settings) -> dict[bytes, str]:
+    """Each admin key, and the name that the audit trail has for it."""
+    return {_secret(key): f"key-{_fingerprint(_secret(key))}" for key in settings.admin_keys}
 
 
 def _secret(key: SecretStr) -> bytes:

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from api.body import read_json, validated
 from api.errors import ForbiddenError, InvalidRequestError, NotFoundError
 from api.paging import limit_of
-from api.services import reached, services_of
+from api.services import JSONResponse, reached, services_of
 from shared.operations import AuditEntry, Operations, QueueState, WorkerState
 
 log = structlog.get_logger(__name__)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse as StarletteJSONResponse
 
 from api.errors import QueueUnreachableError
 from api.tail import Switchboard
@@ -16,6 +17,7 @@ from shared.index import JobIndex
 from shared.settings import Settings
 from shared.store import JobStore
 from shared.tasks import Errands
+from shared.text import json_bytes
 from shared.webhooks import WebhookStore
 
 T = TypeVar("T")
@@ -31,6 +33,13 @@ class Services:
     switchboard: Switchboard
     errands: Errands
     started_s: int  # when this process started, seconds since the epoch
+
+
+class JSONResponse(StarletteJSONResponse):
+    """Starlette's refuses lone surrogates, which clients and agents may have said."""
+
+    def render(self, content: Any) -> bytes:
+        return json_bytes(content)
 
 
 def services_of(request: Request) -> Services:

@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 import click
 from rich.console import Console
 
+from api.dashboard.access import is_offered
 from cli.embedded import claim
 from cli.environment import free_port, override, read_settings, require_free_port, variable, without_password
 from cli.supervisor import Child, StartFailed, Supervisor
@@ -84,6 +85,8 @@ async def _supervise(stages: list[list[Child]], settings: Settings) -> None:
         await wait_until_serving(f"{base_url}/ready")
         for line in first_steps(f"{base_url}/v1", settings.model_name, keyed=bool(settings.api_keys)):
             _tell(line)
+        if is_offered(settings):
+            _tell(f"The dashboard: {base_url}/dashboard\n")
 
     await Supervisor(stages, say=say, relay=relay).run(ready)
 

@@ -5,7 +5,7 @@ Errors: shared.connection.FAILURES.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +90,14 @@ class Operations:
             paused_by=paused_by.decode() if paused_by else None,
             paused_for_ms=paused_for_ms if paused_by else None,
         )
+
+    async def claimable(self, job_ids: Sequence[str]) -> set[str]:
+        """Those of the jobs that wait for a worker; the other ones that are queued wait for the turn before theirs."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.zscore(self._keys.queue, job_id)
+            scores = await pipe.execute()
+        return {job_id for job_id, score in zip(job_ids, scores, strict=True) if score is not None}
 
     async def pause(self, operator: str, for_s: float) -> None:
         """No worker claims anything until `resume`, or for so long. What runs goes on; what waits may time out."""

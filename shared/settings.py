@@ -61,7 +61,8 @@ class Settings(BaseSettings):
     admin_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         description="Bearer keys of operators, comma-separated: they see every tenant's jobs, and may act on jobs, "
-        "queue and workers. Without any, only a deployment without `API_KEYS` can be operated.",
+        "queue and workers, over HTTP or at `/dashboard`. Without any, only a deployment without `API_KEYS` can be "
+        "operated.",
     )
     host: str = Field("127.0.0.1", description="The address that the API binds.")
     port: int = Field(8900, ge=0, le=65535, description="The port that the API binds; 0 takes a free one.")

@@ -16,6 +16,7 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from cli.dev import first_steps, wait_until_serving
@@ -95,6 +96,13 @@ def test_the_printed_python_runs(shared_dev: Running) -> None:
         check=True,
     )
     assert completed.stdout.strip() == "Hello"
+
+
+def test_the_printed_dashboard_opens(shared_dev: Running) -> None:
+    shared_dev.wait_for_output("The dashboard: ")
+    [line] = [line for line in shared_dev.output.splitlines() if line.startswith("The dashboard: ")]
+    answer = httpx.get(line.removeprefix("The dashboard: "), follow_redirects=True)
+    assert (answer.status_code, "Overview" in answer.text) == (200, True)
 
 
 def test_the_printed_curl_line_runs(shared_dev: Running) -> None:

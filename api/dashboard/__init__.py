@@ -1,0 +1,1 @@
+"""The dashboard: pages that show a running deployment, and act on it."""
