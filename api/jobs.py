@@ -213,6 +213,8 @@ async def _said(request: Request, job: JobRecord) -> tuple[list[Entry], bool]:
 async def events(request: Request) -> Response:
     """`GET /v1/jobs/{id}/events`: the job's stream for a browser's EventSource, from `Last-Event-ID` on."""
     job = await find_job(request)
+    if request.scope["operator"] is not None and not services_of(request).settings.inspect_content:
+        raise ForbiddenError("ENDMARK_INSPECT_CONTENT is off: what jobs say is their clients' own.")
     after = _last_event_id(request) or starting_after(request)
     # Everything was seen: a browser connects again whenever a stream ends, until it gets a 204.
     if job.is_terminal and job.entries is not None and after == job.entries + 1:

@@ -123,7 +123,8 @@ class Settings(BaseSettings):
     )
 
     inspect_content: bool = Field(
-        True, description="Whether `/v1/jobs/{id}` and the dashboard show what was asked and answered."
+        True,
+        description="Whether `/v1/jobs/{id}` and the dashboard show what was asked and answered, and operators may watch.",
     )
     webhook_url: str = Field("", description="Where the end of every job is told. Empty: only where a request says so.")
     webhook_secret: Annotated[tuple[SecretStr, ...], NoDecode] = Field(

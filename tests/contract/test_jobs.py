@@ -175,11 +175,14 @@ def test_operators_see_why_an_agent_failed_and_nobody_else_does(operated: Deploy
 
 
 def test_what_was_said_can_be_kept_from_whoever_looks(own_service: Start) -> None:
-    service = own_service(inspect_content="false")
+    service = own_service(inspect_content="false", admin_keys=ADMIN)
     job_id = succeed(service)
     with service.http() as http:
         job = http.get(f"/v1/jobs/{job_id}").json()
-    assert (job["request"], job["answer"]) == (None, None)
+        assert (job["request"], job["answer"]) == (None, None)
+        assert http.get(f"/v1/jobs/{job_id}/events").status_code == 200, "to its own client"
+    with service.http(key=ADMIN) as http:
+        assert http.get(f"/v1/jobs/{job_id}/events").status_code == 403
 
 
 def test_an_attempt_that_was_lost_is_told(own_service: Start, tmp_path: Path) -> None:
