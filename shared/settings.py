@@ -124,7 +124,7 @@ class Settings(BaseSettings):
 
     inspect_content: bool = Field(
         True,
-        description="Whether `/v1/jobs/{id}` and the dashboard show what was asked and answered, and operators may watch.",
+        description="Whether `/v1/jobs/{id}` and the dashboard show what was said, and operators may watch it.",
     )
     webhook_url: str = Field("", description="Where the end of every job is told. Empty: only where a request says so.")
     webhook_secret: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
