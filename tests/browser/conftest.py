@@ -78,6 +78,7 @@ def open_page(browser: Browser, service: Deployment) -> Iterator[Open]:
                 page.get_by_label("Admin key").fill(key)
                 page.get_by_role("button", name="Log in").click()
                 expect(page.get_by_role("navigation", name="Pages")).to_be_visible()
+                page.wait_for_load_state()
             return page
 
         yield start

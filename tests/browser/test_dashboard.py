@@ -188,8 +188,8 @@ def test_every_page_fits_a_phone_in_both_schemes(service: Deployment, open_page:
     phone = {"viewport": {"width": 360, "height": 700}, "color_scheme": scheme}
     page = open_page("/dashboard/", **phone)
     expect(page.locator(".chart svg").first).to_be_visible()
-    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert back == {"light": "rgb(246, 247, 249)", "dark": "rgb(16, 18, 22)"}[scheme]
+    back = {"light": "rgb(246, 247, 249)", "dark": "rgb(16, 18, 22)"}[scheme]
+    expect(page.locator("body")).to_have_css("background-color", back)
     for path in (
         "",
         "jobs",
@@ -208,12 +208,14 @@ def test_every_page_fits_a_phone_in_both_schemes(service: Deployment, open_page:
 def test_a_keyboard_is_enough(service: Deployment, open_page: Open, tmp_path: Path) -> None:
     with a_running_job(service, tmp_path / "keys") as job_id:
         page = open_page(f"/dashboard/jobs/{job_id}", key=None)
-        page.keyboard.type(ADMIN)  # the field has the focus
+        expect(page.get_by_label("Admin key")).to_be_focused()
+        page.keyboard.type(ADMIN)
         page.keyboard.press("Enter")
         expect(page.locator("#status")).to_have_text("running")
         page.keyboard.press("Tab")
-        expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
-        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        skip = page.get_by_role("link", name="Skip to the content")
+        expect(skip).to_be_focused()
+        expect(skip).to_have_css("outline-style", "solid")
         page.keyboard.press("Enter")
         page.keyboard.press("Tab")
         expect(page.locator("#confirm-cancel summary")).to_be_focused()
