@@ -48,7 +48,7 @@ def exporter(tmp_path: Path, spans_file: Path) -> dict[str, str]:
     return {
         "PYTHONPATH": f"{packages}:{ROOT}",
         "OTEL_TRACES_EXPORTER": "file",
-        "OTEL_BSP_SCHEDULE_DELAY": "100",
+        "OTEL_BSP_SCHEDULE_DELAY": "60000",  # so that it is the end of a process that exports
         "TEST_SPANS": str(spans_file),
     }
 
@@ -84,7 +84,7 @@ def test_a_request_is_one_trace_from_the_client_to_the_agent(
         )
         first = next(stream)
         list(stream)
-    stop(service)  # what has not been exported by now is, before a process ends
+    stop(service)
     spans = spans_of(spans_file, "POST /v1/chat/completions", "queue", "invoke_agent scripted", "relay")
     assert {span["context"]["trace_id"] for span in spans.values()} == {f"0x{CLIENT_TRACE}"}
 
