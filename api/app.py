@@ -88,7 +88,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
                 await end_task(service)
         await errands.finish(within_s=ERRANDS_S)
         await store.aclose()
-        await asyncio.to_thread(tracing.shut_down)
+        await asyncio.to_thread(tracing.flush)
         log.info("api_stopped")
 
     middleware = [Middleware(RequestIdMiddleware), Middleware(ObserveMiddleware)]

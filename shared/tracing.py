@@ -16,15 +16,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points, version
-from typing import TYPE_CHECKING
 
 import structlog
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +29,6 @@ FLUSH_MS = 5000  # how long a process that ends waits for its exporter
 
 _W3C = TraceContextTextMapPropagator()
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_ours: TracerProvider | None = None  # the provider that `configure` made
 
 tracer = trace.get_tracer("endmark", version("endmark"))
 
@@ -62,7 +57,6 @@ def configure(service_name: str) -> None:
 
     `OTEL_TRACES_EXPORTER` names exporters by their entry points; an OTLP endpoint alone means `otlp`.
     """
-    global _ours  # one provider for each process, as with OpenTelemetry itself
     default = "otlp" if any(os.environ.get(name) for name in _ENDPOINTS) else "none"
     names = [name.strip() for name in (os.environ.get("OTEL_TRACES_EXPORTER") or default).split(",")]
     is_disabled = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or names == ["none"]
@@ -78,10 +72,10 @@ def configure(service_name: str) -> None:
         log.warning("tracing_unavailable", reason=str(error), hint="pip install 'endmark[otel]'")
         return
     ours = Resource.create({"service.name": service_name, "service.version": version("endmark")})
-    _ours = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))  # the variables win
+    provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()))  # the variables win
     for exporter in exporters:
-        _ours.add_span_processor(BatchSpanProcessor(exporter))
-    trace.set_tracer_provider(_ours)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
     log.info("tracing_started", exporters=names)
 
 
@@ -95,8 +89,8 @@ def _exporter(name: str) -> EntryPoint:
     return next(iter(found))
 
 
-def shut_down() -> None:
-    """Sends what has not been sent yet. Blocks for FLUSH_MS at most."""
-    if _ours is not None:
-        _ours.force_flush(FLUSH_MS)
-        _ours.shutdown()
+def flush() -> None:
+    """Sends what has not been sent yet, for FLUSH_MS at most. uvicorn ends by its signal: nothing is done at exit."""
+    force_flush = getattr(trace.get_tracer_provider(), "force_flush", None)  # the SDK's; the API's own has none
+    if force_flush is not None:
+        force_flush(FLUSH_MS)

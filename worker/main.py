@@ -23,4 +23,4 @@ def run() -> None:
     try:
         worker.run()
     finally:
-        tracing.shut_down()
+        tracing.flush()
