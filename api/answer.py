@@ -10,6 +10,7 @@ import structlog
 from starlette.types import Receive
 
 from api.errors import ClientGoneError, JobFailedError
+from api.observe import observed
 from api.relay import INCOMPLETE, Relay
 from api.services import Services
 from api.tail import Push, StreamExpiredError, StreamUnreachableError, Tail, TailError
@@ -81,7 +82,8 @@ class Answer:
     @asynccontextmanager
     async def follow(self, receive: Receive) -> AsyncIterator[Tail]:
         """The job's tail, watched over: if the client goes away before the ending, it waits for the job no longer."""
-        async with self._services.switchboard.follow(self.job_id) as tail:
+        following = self._services.switchboard.follow(self.job_id)
+        async with observed(self.job_id, lambda: self.ending), following as tail:
             watch = asyncio.create_task(self._watch_client(receive, tail))
             try:
                 yield tail

@@ -22,11 +22,12 @@ from api.chat import create_completion, watch_completion
 from api.dashboard.app import dashboard_routes
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
+from api.observe import ObserveMiddleware, scrape
 from api.services import Services
 from api.sse import SERVER_SEND
 from api.system import health, list_models, ready, retrieve_model
 from api.tail import Switchboard
-from shared import logs
+from shared import logs, tracing
 from shared.connection import connect
 from shared.files import FileStore
 from shared.garbage import collect_less
@@ -60,6 +61,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
     if settings is None:
         settings = Settings()
         logs.configure(settings)
+        tracing.configure("endmark-api")
     redis = connect(settings)
     store = JobStore(redis, settings, Line(redis))
     switchboard = Switchboard(store)
@@ -86,9 +88,10 @@ def create_app(settings: Settings | None = None) -> Starlette:
                 await end_task(service)
         await errands.finish(within_s=ERRANDS_S)
         await store.aclose()
+        await asyncio.to_thread(tracing.flush)
         log.info("api_stopped")
 
-    middleware = [Middleware(RequestIdMiddleware)]
+    middleware = [Middleware(RequestIdMiddleware), Middleware(ObserveMiddleware)]
     if settings.cors_origins:  # outside of the key check: a preflight request carries no key
         middleware.append(
             Middleware(
@@ -138,6 +141,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/health", health),
             Route("/ready", ready),
             *dashboard_routes(settings),
+            Route("/metrics", scrape),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},

@@ -6,6 +6,7 @@ from starlette.requests import Request
 
 from api.errors import InvalidRequestError, NotFoundError
 from api.services import reached, services_of
+from shared import tracing
 from shared.jobs import JobKind, JobRecord
 
 _WHAT = {JobKind.CHAT: "chat completion", JobKind.RESPONSE: "response"}
@@ -23,6 +24,7 @@ async def find_job(request: Request, kind: JobKind | None = None, *, job_id: str
     if record is None or not is_theirs or not _is_shown(record, kind):
         what = _WHAT[kind] if kind else "job"
         raise NotFoundError(f"No such {what}: {named[:100]!r}. It may have expired.")
+    tracing.link_to(record.trace)
     return record
 
 

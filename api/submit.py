@@ -18,6 +18,7 @@ from api.errors import (
     QueueUnreachableError,
 )
 from api.services import Services
+from shared import metrics
 from shared.connection import FAILURES, FIRST_RETRY_S, passes
 from shared.files import FileStoreFullError
 from shared.jobs import Join, Submission
@@ -68,17 +69,21 @@ async def submit(services: Services, job: Submission, attachments: list[bytes]) 
         raise OtherBodyError from error
     except StoreQueueFullError as error:
         await _discard(services, job, attachments)
+        metrics.submissions.labels("queue_full").inc()
         message = "The session has too many unfinished turns." if error.of_session else "Too many requests are waiting."
         raise QueueFullError(message) from error
     except FAILURES as error:
         if not passes(error):
             raise
+        metrics.submissions.labels("unreachable").inc()
         log.warning("submit_failed", job=job.job_id, reason=str(error))
         raise QueueUnreachableError(may_have_started=not _was_never_sent(error)) from error
     if accepted.job_id != job.job_id:
         await _discard(services, job, attachments)
+        metrics.submissions.labels("joined").inc()
         log.info("job_joined", job=accepted.job_id, tenant=job.tenant)
     else:
+        metrics.submissions.labels("accepted").inc()
         log.info("job_accepted", job=job.job_id, tenant=job.tenant, session=job.session or None)
     return accepted
 

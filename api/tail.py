@@ -26,6 +26,7 @@ from typing import Any
 
 import structlog
 
+from shared import metrics
 from shared.connection import FAILURES, passes
 from shared.entries import BEGINNING, Entry, EntryId, UnreadableEntryError, entry_from_message
 from shared.jobs import TERMINAL, Status
@@ -194,6 +195,7 @@ class Tail:
                 cursor = entry.id
             elif entry.id > cursor:
                 self._must_read = True
+                metrics.gaps.inc()
                 break
         self._forget_heard()
         return entries
@@ -300,6 +302,7 @@ class Switchboard:
 
     async def read(self, job_id: str, cursor: EntryId, count: int, interrupted: asyncio.Event) -> StreamRead | None:
         """Reads a stream, trying again while Redis does not answer; None if interrupted. Raises TailError."""
+        metrics.catch_ups.inc()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._store.settings.redis_patience_s
         while not interrupted.is_set():

@@ -10,6 +10,7 @@ import urllib.request
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.error import HTTPError
 
 import click
@@ -41,6 +42,7 @@ def run(*, data_dir: Path, workers: int) -> None:
 
     with ExitStack() as stack:
         first_stage: list[Child] = []
+        metrics_folder = stack.enter_context(TemporaryDirectory(prefix="endmark-metrics-"))
         if "redis_url" in settings.model_fields_set:
             kept = f"Redis at {without_password(settings.redis_url)}"
         else:
@@ -53,12 +55,15 @@ def run(*, data_dir: Path, workers: int) -> None:
         console.print(choice.reason, markup=False)
         console.print("[bold]data[/]    ", end="")
         console.print(kept, markup=False)
-        asyncio.run(_supervise([first_stage, *_stages(settings, workers)], settings))
+        asyncio.run(_supervise([first_stage, *_stages(settings, workers, metrics_folder)], settings))
 
 
-def _stages(settings: Settings, workers: int) -> list[list[Child]]:
-    """The workers, then the API: so that the API stops first and its open streams still get their ends."""
-    env = {"PYTHONUNBUFFERED": "1"}
+def _stages(settings: Settings, workers: int, metrics_folder: str) -> list[list[Child]]:
+    """The workers, then the API: so that the API stops first and its open streams still get their ends.
+
+    With the folder, the API's /metrics tells of all of them.
+    """
+    env = {"PYTHONUNBUFFERED": "1", "PROMETHEUS_MULTIPROC_DIR": metrics_folder, variable("metrics_port"): "0"}
     if sys.stdout.isatty() and settings.log_format == "auto":
         env[variable("log_format")] = "console"  # a person reads it, though the child writes to a pipe
     child = partial(Child, env=env, stop_timeout_s=settings.drain_timeout_s + STOP_MARGIN_S)

@@ -57,10 +57,10 @@ class RedisUnreachable(click.ClickException):
 class PortTaken(click.ClickException):
     """Another process listens on the address that the API should bind."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, choice: str) -> None:
         super().__init__(
             f"port {port} on {host} is taken by another process. "
-            f"Stop that process, or choose another port with --port or {VARIABLE_PREFIX}PORT."
+            f"Stop that process, or choose another port with {choice}."
         )
 
 
@@ -87,8 +87,11 @@ def read_settings() -> Settings:
         raise InvalidSettings(invalid) from invalid
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Raise `PortTaken` if the API could not bind the address. Any other trouble is left to the API to report."""
+def require_free_port(host: str, port: int, choice: str = f"--port or {VARIABLE_PREFIX}PORT") -> None:
+    """Raise `PortTaken` if the address could not be bound. Any other trouble is left to whoever binds it.
+
+    `choice`: what chooses another port, for the message.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As uvicorn binds it: without this, the connections of a server that just stopped would look like a server.
@@ -97,7 +100,7 @@ def require_free_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise PortTaken(host, port) from error
+                raise PortTaken(host, port, choice) from error
 
 
 def without_password(redis_url: str) -> str:

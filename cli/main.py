@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cli import inspect
-from cli.environment import RedisUnreachable, UnusableAgent, override, read_settings, require_free_port
+from cli.environment import RedisUnreachable, UnusableAgent, override, read_settings, require_free_port, variable
 
 _host = click.option("--host", help="The address that the API binds (ENDMARK_HOST).")
 _port = click.option(
@@ -87,6 +87,8 @@ def worker(redis_url: str | None) -> None:
 
     override(redis_url=redis_url)
     settings = read_settings()  # so that a wrong one is explained before the worker reads them again
+    if settings.metrics_port:
+        require_free_port(settings.metrics_host, settings.metrics_port, variable("metrics_port"))
     try:
         run()
     except AgentLoadError as error:

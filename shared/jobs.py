@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from shared.entries import ErrorMarker, Usage
 from shared.settings import DEFAULT_TENANT
 from shared.text import json_bytes, parse_json
+from shared.tracing import CARRIED
 
 ARQ_FUNCTION = "run_completion"  # the name under which arq finds the worker's function
 
@@ -222,6 +223,7 @@ class JobRecord:
     lost: list[LostAttempt]  # attempts whose worker was lost, so that the job ran again
     traceback: str  # of the agent's failure, for operators; "" if there is none
     retry_of: str  # id of the job that this one asks for again; "" if none
+    trace: Mapping[str, str]  # the span of the request, see shared/tracing.py; empty if there was none
 
     @property
     def is_terminal(self) -> bool:
@@ -274,4 +276,5 @@ class JobRecord:
             traceback=text(b"traceback"),
             retry_of=text(b"retry_of"),
             echo=parse_json(fields[b"echo"]) if fields.get(b"echo") else {},
+            trace={name: text(name.encode()) for name in CARRIED if name.encode() in fields},
         )

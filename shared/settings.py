@@ -146,7 +146,17 @@ class Settings(BaseSettings):
         description="How long after its first failure a webhook is sent again. Each later wait is four times as long, "
         "up to 6 hours.",
     )
-
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="The port on which a worker answers Prometheus (docs/observability.md); 0: none. The API does on "
+        "its own.",
+    )
+    metrics_host: str = Field(
+        "127.0.0.1",
+        description="The address for `METRICS_PORT`. It asks for no key: bind what only Prometheus reaches.",
+    )
     log_format: Literal["auto", "console", "json"] = Field("auto", description="`auto`: console on a terminal.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="The least severe line logged.")
 

@@ -19,7 +19,7 @@ from arq.constants import job_key_prefix
 from arq.jobs import serialize_job
 from redis.exceptions import NoScriptError
 
-from shared import scripts
+from shared import metrics, scripts, tracing
 from shared.entries import BEGINNING, Entry, EntryId, ErrorMarker
 from shared.jobs import ARQ_FUNCTION, ErrorCode, JobRecord, Join, Once, Status, Submission
 from shared.keys import Keys
@@ -67,6 +67,8 @@ class Claim(NamedTuple):
     started_ms: int  # Redis's clock when the attempt was opened
     request: bytes | None  # what `Submission.request_bytes` made; None if it is gone
     arq_job: bytes | None = None  # arq's own record, which names the function; None if it is gone
+    accepted_ms: int = 0  # Redis's clock; 0: nobody knows any more
+    trace: Mapping[str, str] = {}  # the span of the request, see shared/tracing.py; empty if there was none
 
 
 class Held(NamedTuple):
@@ -150,6 +152,7 @@ class JobStore:
         )
 
     async def _run(self, name: scripts.ScriptName, key: str, *args: str | bytes | int) -> Any:
+        metrics.scripts.labels(name).inc()
         script = self.script(name)
         if self._line is None:
             return await script([key], [self.keys.prefix, *args])
@@ -209,6 +212,7 @@ class JobStore:
             once.join.value,
             *self._webhook_args(job),
             *_flatten(job.record_fields()),
+            *_flatten(tracing.carry()),
         )
         if answer in (b"queue_full", b"session_full"):
             raise QueueFullError(of_session=answer == b"session_full")
@@ -256,10 +260,18 @@ class JobStore:
             self._retention_ms,
             _UNWANTED.payload(),
         )
-        return [
-            Claim(job_id.decode(), int(attempt), int(started), request, arq_job)
-            for job_id, attempt, started, request, arq_job in rows
-        ]
+        claims: list[Claim] = []
+        for job_id, attempt, *rest in rows:
+            if int(attempt) == 0:
+                metrics.job_ended(Status.CANCELLED, ErrorCode.CANCELLED)
+                continue
+            started_ms, accepted_ms, *trace, request, arq_job = rest
+            claims.append(
+                Claim(
+                    job_id.decode(), int(attempt), int(started_ms), request, arq_job, int(accepted_ms), _carrier(trace)
+                )
+            )
+        return claims
 
     async def held_by(self, worker_id: str, known: Mapping[str, int] | None = None) -> list[Held]:
         """What this worker holds, as far as Redis knows: attempts to execute, and ended ones to release.
@@ -278,13 +290,25 @@ class JobStore:
         held: list[Held] = []
         for job_id in job_ids:
             async with self.redis.pipeline(transaction=False) as pipe:
-                pipe.hmget(self.keys.job(job_id), ["status", "worker", "attempt", "started_ms"])
+                pipe.hmget(
+                    self.keys.job(job_id),
+                    ["status", "worker", "attempt", "started_ms", "accepted_ms", *tracing.CARRIED],
+                )
                 pipe.mget(self.keys.request(job_id), f"{job_key_prefix}{job_id}")
                 pipe.xrevrange(self.keys.stream(job_id), count=1)
-                (status, worker, attempt, started_ms), (request, arq_job), last = await pipe.execute()
+                answers = await pipe.execute()
+            (status, worker, attempt, started_ms, accepted_ms, *trace), (request, arq_job), last = answers
             if worker is not None and worker != worker_id.encode():
                 continue
-            claim = Claim(job_id, int(attempt or 0), int(started_ms or 0), request, arq_job)
+            claim = Claim(
+                job_id,
+                int(attempt or 0),
+                int(started_ms or 0),
+                request,
+                arq_job,
+                int(accepted_ms or 0),
+                _carrier(trace),
+            )
             held.append(
                 Held(
                     claim,
@@ -339,7 +363,7 @@ class JobStore:
 
     async def release(self, claim: Claim, worker_id: str) -> None:
         """Tells that an attempt executes no longer. A job that has no marker yet gets one. Idempotent."""
-        await self._run(
+        answer = await self._run(
             "release",
             self.keys.job(claim.job_id),
             claim.job_id,
@@ -348,6 +372,8 @@ class JobStore:
             _WORKER_LOST.payload(),
             self._retention_ms,
         )
+        if answer == 2:
+            metrics.job_ended(Status.FAILED, _WORKER_LOST.code)
 
     def beat_args(
         self, worker_id: str, fields: Mapping[str, str | int], idle_deadlines: Iterable[IdleDeadline] = ()
@@ -404,6 +430,8 @@ class JobStore:
     async def _end(self, job_id: str, status: Status, error: ErrorMarker, worker_id: str, attempt: int | str) -> Ending:
         key, retention_ms = self.keys.job(job_id), self._retention_ms
         answer = await self._run("end", key, job_id, status.value, error.payload(), retention_ms, worker_id, attempt)
+        if answer == b"done":
+            metrics.job_ended(status, error.code)
         if answer in (b"done", b"gone", b"fenced"):
             return Ending(answer.decode())
         return Ending.TERMINAL
@@ -425,7 +453,10 @@ class JobStore:
             self._retention_ms,
             "1" if may_come_back else "0",
         )
-        return Left.ENDED_BEFORE if answer.decode() in _TERMINAL else Left(answer.decode())
+        left = Left.ENDED_BEFORE if answer.decode() in _TERMINAL else Left(answer.decode())
+        if left is Left.CANCELLED:
+            metrics.job_ended(Status.CANCELLED, ErrorCode.CANCELLED)
+        return left
 
     async def delete(self, job_id: str) -> Deletion:
         """Deletes a job that has ended, with all that it said."""
@@ -531,6 +562,10 @@ def _unless_refused(replies: list[Any]) -> list[Any]:
         if isinstance(reply, Exception):
             raise reply
     return replies
+
+
+def _carrier(values: Sequence[bytes | None]) -> dict[str, str]:
+    return {name: value.decode() for name, value in zip(tracing.CARRIED, values, strict=True) if value}
 
 
 def _flatten(fields: Mapping[str, str | bytes | int]) -> Sequence[str | bytes | int]:

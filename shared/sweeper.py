@@ -7,6 +7,7 @@ import random
 
 import structlog
 
+from shared import metrics
 from shared.connection import FAILURES
 from shared.sentinel import Address, address_of_primary
 from shared.store import JobStore
@@ -40,6 +41,7 @@ async def sweep_forever(store: JobStore) -> None:
                 continue
             for job_id, what in await store.sweep(unless_within_ms=round(INTERVAL_S * 1000)):
                 log.warning("job_swept", job=job_id, what=what)
+                metrics.job_swept(what)
         except FAILURES as error:
             log.warning("sweep_failed", reason=str(error))
             sweeps_from = after_a_lease()

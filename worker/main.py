@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared import logs
+from shared import logs, metrics, tracing
 from shared.settings import Settings
 from worker.agents.load import load_agent
 from worker.queue import QueueWorker
@@ -16,4 +16,11 @@ def run() -> None:
     """
     settings = Settings()
     logs.configure(settings)
-    QueueWorker(settings, load_agent(settings)).run()
+    tracing.configure("endmark-worker")
+    worker = QueueWorker(settings, load_agent(settings))
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_host, settings.metrics_port)
+    try:
+        worker.run()
+    finally:
+        tracing.flush()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import structlog
 from redis.exceptions import NoScriptError
 
-from shared import scripts, timing
+from shared import metrics, scripts, timing
 from shared.connection import FAILURES, FIRST_RETRY_S, LAST_RETRY_S, passes
 from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
 from shared.jobs import Status
@@ -330,6 +330,7 @@ class Publisher:
                     attempt.landed(entries[-1].id)
                 if ending is not None:
                     attempt.ended(Ending(ending.decode()))
+        metrics.flushed(sent)
         return again
 
     async def _ask_what_landed(self, attempts: list[AttemptLog]) -> None:

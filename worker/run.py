@@ -12,10 +12,11 @@ import time
 from collections.abc import Mapping
 from enum import Enum
 from traceback import format_exception
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 import structlog
 
+from shared import metrics
 from shared.connection import insist
 from shared.entries import ErrorMarker, Kind, OkMarker, Tally, Usage
 from shared.files import FileStore
@@ -24,6 +25,7 @@ from shared.store import Claim, Ending, JobStore
 from shared.text import json_bytes, parse_json, text_bytes
 from worker.agents.contract import Agent, AgentError, FinishReason, Outcome, ToolStatus, Turn
 from worker.attachments import with_files
+from worker.observe import Observation
 from worker.publisher import AttemptLog, AttemptLostError, Loss, Publisher
 
 log = structlog.get_logger(__name__)
@@ -53,6 +55,13 @@ _LOSS_MARKERS = {
     Loss.EXPIRED: ErrorMarker(ErrorCode.STREAM_EXPIRED, "The stream of the answer has expired."),
     Loss.REFUSED: ErrorMarker(ErrorCode.STREAM_INCOMPLETE, "A part of the answer could not be stored."),
 }
+
+
+class _Durations(TypedDict):
+    """Of an attempt, since its beginning."""
+
+    ran_s: float
+    first_said_s: float | None  # None: it said nothing
 
 
 class StreamVoice:
@@ -152,6 +161,7 @@ class Run:
         self._agent_task: asyncio.Task[Outcome] | None = None
         self._stopped = asyncio.Event()
         self._attempt = publisher.open(claim, self._on_lost)
+        self._observation = Observation(claim, agent.name)
         self._log = log.bind(job=claim.job_id, attempt=claim.attempt)
 
     def idle_left_s(self) -> float | None:
@@ -175,11 +185,17 @@ class Run:
 
     def _on_lost(self, loss: Loss) -> None:
         self._log.warning("attempt_lost", loss=loss.value)
+        if self._stop is not Stop.ENDED_OUTSIDE:
+            metrics.attempts_lost.labels(loss.value).inc()
         self._stop = Stop.ENDED_OUTSIDE
         self._stopped.set()
 
     async def execute(self) -> None:
         """Returns when the job has its marker and the agent has stopped. Cancelled: the worker is going down now."""
+        with self._observation:
+            await self._execute()
+
+    async def _execute(self) -> None:
         self._log.info("job_started", agent=self._agent.name)
         voice = self._voice = StreamVoice(self._attempt, max_bytes=self._settings.max_answer_bytes)
         started_at = voice.last_said_at
@@ -201,6 +217,7 @@ class Run:
         request = parse_json(self.claim.request)
         tenant: str = request["tenant"]
         session: str = request["session"]
+        self._observation.asked(request["model"], session)
         turn = Turn(
             job_id=self.claim.job_id,
             attempt=self.claim.attempt,
@@ -251,6 +268,7 @@ class Run:
 
         if self._stop is Stop.ENDED_OUTSIDE:
             ending = Ending.FENCED
+            self._observation.cut_off(self._stop.value)
         elif finished_by_itself and not agent_task.cancelled() and agent_task.exception() is None:
             ending = await self._finish_ok(agent_task.result(), voice, started_at)
         elif self._stop is not None:  # what a cancelled agent returns is not a whole answer
@@ -261,6 +279,8 @@ class Run:
             failure = None if agent_task.cancelled() else agent_task.exception()
             ending = await self._finish_error(self._explain(failure), voice, started_at, failure=failure)
 
+        if ending is Ending.FENCED and self._attempt.loss is None:
+            metrics.attempts_lost.labels(Loss.FENCED.value).inc()
         loss = Loss.REFUSED if ending is Ending.INCOMPLETE else self._attempt.loss
         if loss in _LOSS_MARKERS:
             await self._end_from_outside(_LOSS_MARKERS[loss])
@@ -295,6 +315,12 @@ class Run:
         if usage is not None:
             fields["usage"] = json_bytes(usage._asdict())
         ending = await self._attempt.finish(Kind.OK, marker, Status.SUCCEEDED, fields, outcome.session_state)
+        if ending is Ending.DONE:
+            self._observation.ended_well(
+                **self._durations(voice, started_at), finish_reason=outcome.finish_reason, usage=cost
+            )
+        else:
+            self._observation.cut_off(ending.value)
         self._log.info("job_ended", ending=ending.value, status=Status.SUCCEEDED.value, reason=outcome.finish_reason)
         return ending
 
@@ -313,6 +339,10 @@ class Run:
         ending = await self._attempt.finish(
             Kind.ERROR, lambda _: error.payload(), Status.FAILED, fields, agent_stopped=agent_stopped
         )
+        if ending is Ending.DONE:
+            self._observation.failed(error.code, **self._durations(voice, started_at))
+        else:
+            self._observation.cut_off(ending.value)
         self._log.info("job_ended", ending=ending.value, status=Status.FAILED.value, code=error.code)
         return ending
 
@@ -329,6 +359,13 @@ class Run:
         if voice.tools_s:
             fields["tool_ms"] = round(voice.tools_s * 1000)
         return fields
+
+    def _durations(self, voice: StreamVoice, started_at: float) -> _Durations:
+        first_said_at = voice.first_said_at
+        return {
+            "ran_s": asyncio.get_running_loop().time() - started_at,
+            "first_said_s": None if first_said_at is None else first_said_at - started_at,
+        }
 
     def _instant_ms(self, at: float, started_at: float) -> int:
         """An instant of the loop's clock on Redis's clock."""

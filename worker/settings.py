@@ -11,7 +11,7 @@ import arq.worker
 from arq.connections import ArqRedis
 from arq.worker import func
 
-from shared import logs
+from shared import logs, metrics, tracing
 from shared.connection import connect
 from shared.jobs import ARQ_FUNCTION
 from shared.keys import Keys
@@ -42,6 +42,9 @@ class _ArqCommandLineWorker(QueueWorker):
         burst: bool = False,
     ) -> None:
         logs.configure(_settings)
+        tracing.configure("endmark-worker")
+        if _settings.metrics_port:
+            metrics.serve(_settings.metrics_host, _settings.metrics_port)
         super().__init__(_settings, load_agent(_settings), burst=burst)
 
 

@@ -3,8 +3,8 @@
 -- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms,
 --       6 retention in ms, 7 the payload of the error marker of a job for which nobody waits any more
 -- Returns nothing if the worker holds no lease, since nobody would notice its death, or if the queue is paused.
--- Otherwise a list of {job id, attempt, started ms, request, arq's job}; ids whose job is gone, has ended or must not start
--- any more are dropped on the way.
+-- Otherwise a list of {job id, attempt, started ms, accepted ms, traceparent, tracestate, request, arq's job}; ids whose job
+-- is gone, has ended or must not start any more are dropped on the way. Of a job that was given up the list has {job id, 0}.
 
 local worker, now = ARGV[2], now_ms()
 local lease_end = redis.call('ZSCORE', workers, worker)
@@ -15,6 +15,7 @@ if not lease_end or tonumber(lease_end) <= now or redis.call('EXISTS', paused) =
 local LISTENED_TO_WITHIN_MS, LOOK_AGAIN_MS, GIVEN_UP_AFTER_MS = 1000, 500, 3000
 
 -- Whether somebody waits for the answer, as far as somebody has to. If not, the job is put back, or given up.
+local given_up = {}
 local function is_wanted(id, job)
   local accepted_ms, waiters, unheard_ms = tonumber(job[4]), job[5], job[6]
   if not waiters or now - accepted_ms < LISTENED_TO_WITHIN_MS then return true end
@@ -24,6 +25,7 @@ local function is_wanted(id, job)
   end
   if unheard_ms and now - tonumber(unheard_ms) >= GIVEN_UP_AFTER_MS then
     end_from_outside(id, ARGV[7], 'cancelled', now, ARGV[6])
+    given_up[#given_up + 1] = {id, 0}
     return false
   end
   if not unheard_ms then redis.call('HSET', job_key(id), 'unheard_ms', int(now)) end
@@ -34,7 +36,7 @@ end
 local claimed = {}
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMIT', 0, ARGV[3])) do
   local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened', 'accepted_ms', 'waiters', 'unheard_ms',
-                         'deadline_ms', 'tenant', 'kind', 'store', 'model')
+                         'deadline_ms', 'tenant', 'kind', 'store', 'model', 'traceparent', 'tracestate')
   if job[1] ~= 'queued' or tonumber(job[7]) <= now then -- past its deadline it is the sweep's
     redis.call('ZREM', KEYS[1], id)
   elseif is_wanted(id, job) then
@@ -60,9 +62,11 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
       redis.call('PEXPIRE', key, ARGV[5])
     end
     redis.call('ZREM', KEYS[1], id)
-    claimed[#claimed + 1] = {id, attempt, int(now), unpack(redis.call('MGET', request_key(id), arq_job_key(id)))}
+    claimed[#claimed + 1] = {id, attempt, int(now), job[4], job[12], job[13],
+                             unpack(redis.call('MGET', request_key(id), arq_job_key(id)))}
   end
 end
 
 if redis.call('ZCOUNT', KEYS[1], '-inf', int(now)) > 0 then ring() else redis.call('DEL', bell) end
+for _, row in ipairs(given_up) do claimed[#claimed + 1] = row end
 return claimed

@@ -23,6 +23,7 @@ from cli.dev import first_steps, wait_until_serving
 from cli.environment import free_port
 from cli.supervisor import StartFailed
 from tests.processes import Running, is_running, running
+from tests.prometheus import scraped
 from tests.waiting import wait_until
 
 LAST_LINE = 'print(chunk.choices[0].delta.content or "", end="", flush=True)'
@@ -34,6 +35,7 @@ def dev(folder: Path, *options: str, ready: bool = True, **environ: str) -> Iter
     with running(command, folder=folder, env={"ENDMARK_AGENT": "echo", **environ}) as supervisor:
         if ready:
             supervisor.wait_for_output(LAST_LINE, timeout=60)
+            supervisor.wait_for_output("worker_started")  # it is ready a moment before it says so
         yield supervisor
 
 
@@ -80,8 +82,8 @@ def test_it_says_what_runs_and_where_the_data_is(shared_dev: Running) -> None:
     assert re.search(
         r"^data    /.*/data/valkey \(embedded Valkey, redis://127\.0\.0\.1:\d+/0\)$", shared_dev.output, re.M
     )
-    assert "worker-1 │ " in shared_dev.output
-    assert "worker-2 │ " in shared_dev.output
+    shared_dev.wait_for_output("worker-1 │ ")  # one worker is enough to be ready
+    shared_dev.wait_for_output("worker-2 │ ")
     assert "api      │ " in shared_dev.output
 
 
@@ -181,3 +183,15 @@ def test_first_steps_survive_any_model_name() -> None:
     )
     assert json.loads(printed.stdout.splitlines()[-1])["model"] == model
     compile("\n".join(steps[steps.index("from openai import OpenAI") :]), "first steps", "exec")
+
+
+def test_the_metrics_of_the_api_tell_of_all_workers(shared_dev: Running) -> None:
+    for text in ("one", "two"):
+        assert answer_text(ask(shared_dev, text)) == text
+    url = f"{base_url(shared_dev).removesuffix('/v1')}/metrics"
+    wait_until(
+        lambda: scraped(url).value("endmark_jobs_ended_total", status="succeeded") >= 2,
+        timeout=10,
+        description="two jobs that have been counted",
+    )
+    wait_until(lambda: scraped(url).value("endmark_workers") == 2, timeout=10, description="two workers")
