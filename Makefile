@@ -15,8 +15,8 @@ help: ## what can be made
 run: $(VENV)/.run ## Valkey, the API and a worker; options: make run ARGS="--port 9000"
 	@exec $(BIN)/endmark dev $(ARGS)
 
-test: $(VENV)/.dev ## every test; options: make test ARGS="-k supervisor"
-	$(BIN)/pytest $(ARGS)
+test: $(VENV)/.dev ## every test, two at a time; options: make test ARGS="-k supervisor"
+	$(BIN)/pytest -n 2 $(ARGS)
 
 chaos: export CHAOS_SECONDS := $(or $(CHAOS_SECONDS),300)
 chaos: $(VENV)/.dev ## kill and cut processes for CHAOS_SECONDS (300), with CHAOS_SEED or a new one
