@@ -21,6 +21,7 @@ from api import files, job_webhook, jobs, operations, responses, stored_completi
 from api.chat import create_completion, watch_completion
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
+from api.reference import reference_routes
 from api.services import Services
 from api.sse import SERVER_SEND
 from api.system import health, list_models, ready, retrieve_model
@@ -136,6 +137,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/v1/models/{model:path}", retrieve_model),
             Route("/health", health),
             Route("/ready", ready),
+            *reference_routes(),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},

@@ -22,7 +22,10 @@ from shared.settings import DEFAULT_TENANT, Settings, TenantKey, is_loopback
 
 log = structlog.get_logger(__name__)
 
-OPEN_PATHS = ("/health", "/ready")  # for load balancers, which have no key
+OPEN_PATHS = (
+    *("/health", "/ready"),  # for load balancers, which have no key
+    *("/openapi.json", "/docs"),  # for browsers, which have none either; they tell nothing of the deployment
+)
 LOCAL_OPERATOR = "local"  # who operates a deployment without keys
 LINGER_BYTES, LINGER_S = 256 * 1024 * 1024, 30  # how much, and how long, a refused upload may go on
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=-]{1,128}")
