@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ class Page(NamedTuple):
 def docs_page(document: dict[str, Any]) -> Page:
     style = _file("page.css")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"type_of": type_of, "curl": curl, "prose": _prose, "name_of": _name_of}
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    environment.filters |= {"type_of": type_of, "curl": curl, "prose": _prose}
     html = environment.from_string(_file("page.html")).render(document=document, style=Markup(style))  # noqa: S704  # our own file
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return Page(
@@ -39,10 +41,6 @@ def _file(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _name_of(reference: str) -> str:
-    return reference.rpartition("/")[2]
-
-
 def _prose(text: str) -> Markup:
     """Text in which `this` is code."""
     parts = text.split("`")
@@ -53,7 +51,7 @@ def _prose(text: str) -> Markup:
 def type_of(schema: dict[str, Any]) -> Markup:
     """A schema in one line, with links to those that have a name."""
     if "$ref" in schema:
-        name = _name_of(schema["$ref"])
+        name = schema["$ref"].rpartition("/")[2]
         return Markup('<a href="#{0}">{0}</a>').format(name)
     for union in ("anyOf", "oneOf"):
         if union in schema:
@@ -82,7 +80,6 @@ _BOUNDS = {
     "exclusiveMinimum": "above {}",
     "maximum": "to {}",
     "exclusiveMaximum": "below {}",
-    "minLength": "at least {} characters",
     "maxLength": "up to {} characters",
     "minItems": "at least {}",
     "maxItems": "up to {}",
@@ -102,11 +99,11 @@ def curl(operation: dict[str, Any], method: str, path: str) -> str:
             path = path.replace(f"{{{parameter['name']}}}", parameter["example"])
     command = ["curl"] if method == "get" else [f"curl -X {method.upper()}"]
     if operation["security"]:
-        command.append("-H 'Authorization: Bearer '$OPENAI_API_KEY")
+        command.append('-H "Authorization: Bearer $OPENAI_API_KEY"')
     contents = operation.get("requestBody", {}).get("content", {})
     if "application/json" in contents:
         body = json.dumps(contents["application/json"]["example"])
-        command += ["-H 'Content-Type: application/json'", f"-d '{body}'"]
+        command += ["-H 'Content-Type: application/json'", f"-d {shlex.quote(body)}"]
     elif contents:
         command += ["-F purpose=user_data", "-F file=@hello.txt"]
     return " \\\n  ".join([*command, f"http://127.0.0.1:8900{path}"])
