@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from api.answer import Answer
 from api.body import read_json, validated
@@ -36,6 +36,7 @@ from shared.entries import BEGINNING, Entry, UnreadableEntryError
 from shared.index import BadCursorError, JobFilter, Place
 from shared.jobs import Attachment, JobKind, JobRecord, Status, Submission, new_job_id
 from shared.store import Deletion, Ending
+from shared.text import json_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -48,6 +49,9 @@ _INSTANT = re.compile(r"\d{1,15}")
 _KINDS = {kind.name.lower(): kind for kind in JobKind}
 
 
+Text = Annotated[str, StringConstraints(max_length=1000)]  # a bound makes pydantic refuse lone surrogates, too
+
+
 class Chosen(BaseModel):
     """The jobs that a bulk action is for."""
 
@@ -55,12 +59,12 @@ class Chosen(BaseModel):
 
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"] | None = None
     kind: Literal["chat", "response"] | None = None
-    model: str | None = None
-    session: str | None = None
-    tenant: str | None = None
-    code: str | None = None
-    worker: str | None = None
-    metadata: dict[str, str] = Field(default_factory=dict)
+    model: Text | None = None
+    session: Text | None = None
+    tenant: Text | None = None
+    code: Text | None = None
+    worker: Text | None = None
+    metadata: dict[Text, Text] = Field(default_factory=dict)
     since: Annotated[int, Field(ge=0, lt=10**15)] | None = None
     until: Annotated[int, Field(ge=0, lt=10**15)] | None = None
 
@@ -103,7 +107,7 @@ async def list_jobs(request: Request) -> Response:
         raise InvalidRequestError("after must be the next_cursor of a page.", param="after") from error
     index = services_of(request).index
     page = await reached(lambda: index.page(asked, after=after, limit=limit, newest_first=descending))
-    return JSONResponse(
+    return _json(
         {
             "object": "list",
             "data": [job_object(job) for job in page.jobs],
@@ -132,9 +136,7 @@ async def count_jobs(request: Request) -> Response:
             by_status[shelf.status.value] = by_status.get(shelf.status.value, 0) + number
             if shelf.error_code:
                 by_code[shelf.error_code] = by_code.get(shelf.error_code, 0) + number
-    return JSONResponse(
-        {"object": "job_counts", "total": sum(by_status.values()), "by_status": by_status, "by_code": by_code}
-    )
+    return _json({"object": "job_counts", "total": sum(by_status.values()), "by_status": by_status, "by_code": by_code})
 
 
 def _chosen(request: Request, filters: tuple[str, ...], others: tuple[str, ...]) -> JobFilter:
@@ -176,7 +178,7 @@ async def retrieve(request: Request) -> Response:
         asked = stored and {name: stored[name] for name in ("messages", "params")}
         entries, is_cut = await _said(request, job)
         answered = answer_object(entries, is_cut=is_cut)
-    return JSONResponse(
+    return _json(
         job_object(job)
         | {
             "timeline": timeline(job),
@@ -235,7 +237,7 @@ async def cancel(request: Request) -> Response:
     job = await find_job(request)
     await _note_operator(request, "job.cancel", job)
     await cancel_job(request, job.job_id)
-    return JSONResponse(job_object(await find_job(request)))
+    return _json(job_object(await find_job(request)))
 
 
 async def cancel_job(request: Request, job_id: str) -> None:
@@ -252,7 +254,7 @@ async def retry(request: Request) -> Response:
     job = await find_job(request)
     await _note_operator(request, "job.retry", job)
     again = await _retry_job(request, job)
-    return JSONResponse(again, 201)
+    return _json(again, 201)
 
 
 async def _retry_job(request: Request, job: JobRecord) -> dict[str, Any]:
@@ -307,7 +309,7 @@ async def delete(request: Request) -> Response:
     deletion = await reached(lambda: services_of(request).store.delete(job.job_id))
     if deletion is Deletion.UNFINISHED:
         raise NotFinishedError(f"The job {job.job_id} has not ended, or its worker has not stopped. Cancel it first.")
-    return JSONResponse({"id": job.job_id, "object": "job.deleted", "deleted": True})
+    return _json({"id": job.job_id, "object": "job.deleted", "deleted": True})
 
 
 async def bulk_cancel(request: Request) -> Response:
@@ -356,7 +358,7 @@ async def _bulk(
                 await act(job)
             except ApiError as error:
                 refused.append({"id": job.job_id, "reason": error.message})
-    return JSONResponse(
+    return _json(
         {
             "object": "bulk",
             "action": action,
@@ -373,3 +375,8 @@ async def _note_operator(request: Request, action: str, job: JobRecord) -> None:
     """What a tenant does with its own job is its own affair."""
     if request.scope["operator"] is not None:
         await note(request, action, job.job_id, tenant=job.tenant)
+
+
+def _json(value: dict[str, Any], status: int = 200) -> Response:
+    """Not Starlette's JSONResponse: an agent may say, and a client may ask, what UTF-8 cannot hold."""
+    return Response(json_bytes(value), status, media_type="application/json")

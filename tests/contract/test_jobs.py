@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def test_a_job_tells_all_about_itself(operated: Deployment) -> None:
     assert (attempt["attempt"], attempt["outcome"]) == (1, "succeeded")
 
 
+def test_a_job_that_speaks_of_half_a_character_is_shown(operated: Deployment) -> None:
+    said = script(say=["\ud83d", "\ude00 and \ud83d"])
+    with operated.http() as http:
+        body = {"messages": said, "note": "\ud83d"}
+        asked = http.post("/v1/chat/completions", content=json.dumps(body))
+        assert asked.status_code == 200, asked.text
+        shown = http.get(f"/v1/jobs/{asked.json()['id']}").json()
+    assert (shown["answer"]["text"], shown["request"]["params"]) == ("\U0001f600 and \ud83d", {"note": "\ud83d"})
+
+
 def test_operators_see_why_an_agent_failed_and_nobody_else_does(operated: Deployment) -> None:
     job_id = fail(operated)
     with operated.http(key=ADMIN) as admin, operated.http() as tenant:
@@ -293,11 +304,13 @@ def test_operators_cancel_all_that_runs(operated: Deployment) -> None:
         {"filters": {}, "limit": 0},
         {"filters": {}, "dry": True},
         {"filters": 1},
+        {"filters": {"model": "\ud83d"}},
+        {"filters": {"metadata": {"\ud83d": "a"}}},
     ],
 )
 def test_a_bulk_action_that_makes_no_sense_is_refused(operated: Deployment, body: object) -> None:
     with operated.http(key=ADMIN) as http:
-        assert http.post("/v1/jobs/cancel", json=body).status_code == 400
+        assert http.post("/v1/jobs/cancel", content=json.dumps(body)).status_code == 400
 
 
 def test_only_operators_act_on_many(operated: Deployment) -> None:
