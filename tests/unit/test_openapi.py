@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import jsonschema
 import openai
 import pytest
@@ -142,12 +142,12 @@ def sent() -> Iterator[tuple[openai.OpenAI, list[Any]]]:
     """The SDK, and the bodies that it sends."""
     bodies: list[Any] = []
 
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(request: httpx2.Request) -> httpx2.Response:
         bodies.append(json.loads(request.content))
-        return httpx.Response(200, json={})
+        return httpx2.Response(200, json={})
 
     with openai.OpenAI(
-        api_key="k", base_url="http://api/v1", http_client=httpx.Client(transport=httpx.MockTransport(answer))
+        api_key="k", base_url="http://api/v1", http_client=httpx2.Client(transport=httpx2.MockTransport(answer))
     ) as client:
         yield client, bodies
 
