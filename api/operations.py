@@ -107,8 +107,11 @@ async def audit(request: Request) -> Response:
 
 
 def _is_stream_id(given: str) -> bool:
-    """Whether Redis reads it as one: two numbers of 64 bits."""
-    return _STREAM_ID.fullmatch(given) is not None and all(int(part) < 2**64 for part in given.split("-"))
+    """Whether Redis may have given it: two numbers of 64 bits, not both of them 0. It refuses to read any other."""
+    if not _STREAM_ID.fullmatch(given):
+        return False
+    numbers = [int(part) for part in given.split("-")]
+    return any(numbers) and all(number < 2**64 for number in numbers)
 
 
 async def _queue_object(request: Request) -> dict[str, Any]:

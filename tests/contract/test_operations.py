@@ -135,8 +135,10 @@ def test_what_operators_do_leaves_a_trail(own_service: Start) -> None:
         assert (first["action"], first["details"]) == ("queue.pause", {"for_s": 60.0})
         assert first["operator"].startswith("key-")
         assert ADMIN not in str(first)
-        for query in ({"limit": "0"}, {"limit": "x"}, {"limit": "9999"}, {"before": "x"}, {"before": "9" * 20 + "-0"}):
+        for query in ({"limit": "0"}, {"limit": "x"}, {"limit": "9999"}):
             assert http.get("/v1/audit", params=query).status_code == 400
+        for before in ("x", "1", "0-0", f"{2**64}-0", f"1-{2**64}"):
+            assert http.get("/v1/audit", params={"before": before}).status_code == 400
 
 
 def test_operators_see_every_tenants_jobs(own_service: Start) -> None:
