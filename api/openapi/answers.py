@@ -40,7 +40,7 @@ _COMMON: Final[dict[str, Schema]] = {
                 }
             )
         },
-        description="Every answer that is no success. Nothing else has a top-level `error`.",
+        description="Every 4xx and 5xx but that of `GET /ready`.",
     ),
     "Model": obj({"id": STRING, "object": const("model"), "created": SECONDS, "owned_by": STRING}),
     "ModelList": obj({"object": const("list"), "data": array(ref("Model"))}),

@@ -117,7 +117,7 @@ _CHAT_OPERATIONS: Final = (
         "is empty only if nothing follows.",
         parameters=(limit(), order("asc"), after("The id of a completion."), query("model", STRING), METADATA),
         answer=_json("ChatCompletionPage"),
-        errors=all_of(INVALID, MISSING, ENDED_BADLY, NOT_WHOLE, REDIS),
+        errors=all_of(INVALID, MISSING, REDIS, {503: ("stream_unreachable", "stream_interrupted")}),
     ),
     Operation(
         method="GET",
@@ -192,6 +192,7 @@ _RESPONSE_OPERATIONS: Final = (
         errors=all_of(
             SUBMITTED,
             {400: ("previous_response_not_found", "previous_response_not_completed"), 404: ("item_not_found",)},
+            MISSING,
             NOT_WHOLE,
         ),
     ),

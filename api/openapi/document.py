@@ -20,9 +20,9 @@ OpenAI-compatible completions of an agent, from a queue.
 A client sees `finish_reason` and `[DONE]`, or `response.completed`, if and only if the agent finished and everything \
 it said has arrived, in order, once. Every other ending is an error.
 
-An answer that is no success is an `Error`. Every answer has `x-request-id`: the client's own, or a new one. 429 and \
-503 may have `retry-after`; with `x-should-retry: false` the same request may run the agent twice. An unknown route is \
-a 404, a method that a route does not take a 405. Every `GET` takes `HEAD`, too."""
+Every 4xx and 5xx is an `Error`, but that of `GET /ready`. Every answer has `x-request-id`: the client's own, or a new \
+one. 429 and 503 may have `retry-after`; with `x-should-retry: false` the same request may run the agent twice. An \
+unknown route is a 404, a method that a route does not take a 405. Every `GET` takes `HEAD`, too."""
 
 _TAGS: Final = {
     completion_routes.CHAT: "OpenAI's Chat Completions API.",
