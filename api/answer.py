@@ -76,6 +76,11 @@ class Answer:
     def ending(self) -> OkMarker | ErrorMarker | None:
         return self._relay.ending
 
+    @property
+    def is_the_jobs(self) -> bool:
+        """Whether the job itself has ended so; otherwise its stream cannot be followed any further."""
+        return self._relay.is_the_jobs
+
     def has_ended(self) -> bool:
         return self._relay.ending is not None
 

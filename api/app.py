@@ -23,6 +23,7 @@ from api.dashboard.app import dashboard_routes
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.observe import ObserveMiddleware, scrape
+from api.reference import reference_routes
 from api.services import Services
 from api.sse import SERVER_SEND
 from api.system import health, list_models, ready, retrieve_model
@@ -142,6 +143,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             Route("/ready", ready),
             *dashboard_routes(settings),
             Route("/metrics", scrape),
+            *reference_routes(),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error},

@@ -18,7 +18,7 @@ from starlette.types import Message
 from api.errors import ClientGoneError, InvalidRequestError, PayloadTooLargeError
 from api.media import audio_format, check_filename, identify
 from shared.settings import Settings
-from shared.text import parse_json
+from shared.text import parse_strangers_json
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -47,7 +47,7 @@ async def read_json(request: Request, limit: int, *, default: Any = None) -> Any
     _limit_body(request, limit)
     try:
         body = await request.body()
-        return default if not body and default is not None else parse_json(body)
+        return default if not body and default is not None else parse_strangers_json(body)
     except ClientDisconnect as error:
         raise ClientGoneError from error
     except ValueError as error:

@@ -112,6 +112,8 @@ class ChunkEncoder:
     def error(self, marker: ErrorMarker) -> bytes:
         return error_frame(marker)
 
+    broken = error  # a client of chat completions has no use for the difference
+
 
 def error_frame(marker: ErrorMarker) -> bytes:
     """The one ending of a broken answer that every client raises."""

@@ -54,16 +54,19 @@ class JobEventEncoder:
     def error(self, marker: ErrorMarker) -> bytes:
         status = Status.CANCELLED if marker.code == ErrorCode.CANCELLED else Status.FAILED
         error = {"code": marker.code, "message": marker.message}
-        if marker.code in _NOT_THE_JOBS_END:  # the stream ends here, the job does not: it may be asked for again
-            return _event("interrupted", {"error": error})
         return self._end({"status": status, "finish_reason": None, "usage": None, "error": error})
+
+    def broken(self, marker: ErrorMarker) -> bytes:
+        """The stream ends here, the job does not: a browser asks for it again, unless there is nothing more to read."""
+        if marker.code in _MAY_BE_ASKED_FOR_AGAIN:
+            return _event("interrupted", {"error": {"code": marker.code, "message": marker.message}})
+        return self.error(marker)
 
     def _end(self, data: dict[str, Any]) -> bytes:
         return self._numbered("end", json_bytes(data))
 
 
-# The other codes that a reader may find by itself leave nothing more to read.
-_NOT_THE_JOBS_END = (ErrorCode.STREAM_INTERRUPTED, ErrorCode.STREAM_UNREACHABLE)
+_MAY_BE_ASKED_FOR_AGAIN = (ErrorCode.STREAM_INTERRUPTED, ErrorCode.STREAM_UNREACHABLE)
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

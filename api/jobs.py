@@ -10,12 +10,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.answer import Answer
 from api.body import read_json, validated
+from api.chat_request import MAX_METADATA_PAIRS
 from api.errors import (
     ApiError,
     ForbiddenError,
@@ -51,6 +52,9 @@ _INSTANT = re.compile(r"\d{1,15}")
 _KINDS = {kind.name.lower(): kind for kind in JobKind}
 
 
+Text = Annotated[str, StringConstraints(max_length=1000)]  # a bound makes pydantic refuse lone surrogates, too
+
+
 class Chosen(BaseModel):
     """The jobs that a bulk action is for."""
 
@@ -58,12 +62,12 @@ class Chosen(BaseModel):
 
     status: Literal["queued", "running", "succeeded", "failed", "cancelled"] | None = None
     kind: Literal["chat", "response"] | None = None
-    model: str | None = None
-    session: str | None = None
-    tenant: str | None = None
-    code: str | None = None
-    worker: str | None = None
-    metadata: dict[str, str] = Field(default_factory=dict)
+    model: Text | None = None
+    session: Text | None = None
+    tenant: Text | None = None
+    code: Text | None = None
+    worker: Text | None = None
+    metadata: dict[Text, Text] = Field(default_factory=dict, max_length=MAX_METADATA_PAIRS)
     since: Annotated[int, Field(ge=0, lt=10**15)] | None = None
     until: Annotated[int, Field(ge=0, lt=10**15)] | None = None
 
@@ -196,16 +200,17 @@ async def _said(request: Request, job: JobRecord) -> tuple[list[Entry], bool]:
     """What the agent said so far, and whether that is cut."""
     store = services_of(request).store
     entries: list[Entry] = []
-    cursor, shown_bytes = BEGINNING, 0
+    cursor, shown_bytes, rows = BEGINNING, 0, PAGE_ENTRIES
     while shown_bytes <= SHOWN_BYTES:
         try:
-            read = await reached(lambda cursor=cursor: store.read_after(job.job_id, cursor, PAGE_ENTRIES))  # type: ignore[misc]  # a lambda's default has no type
+            read = await reached(lambda cursor=cursor, rows=rows: store.read_after(job.job_id, cursor, rows))  # type: ignore[misc]  # a lambda's default has no type
         except UnreadableEntryError as error:
             raise GoneError("What the job said cannot be read.", code="stream_incomplete") from error
         if not read.entries:
             return entries, False
         entries += read.entries
         cursor = read.entries[-1].id
+        rows = max(1, PAGE_ENTRIES * read.rows // len(read.entries))  # packs hold many entries each
         shown_bytes += sum(len(entry.payload) for entry in read.entries)
     return entries, True
 
@@ -217,7 +222,7 @@ async def events(request: Request) -> Response:
         raise ForbiddenError("ENDMARK_INSPECT_CONTENT is off: what jobs say is their clients' own.")
     after = _last_event_id(request) or starting_after(request)
     # Everything was seen: a browser connects again whenever a stream ends, until it gets a 204.
-    if job.is_terminal and job.entries is not None and after == job.entries + 1:
+    if job.is_terminal and after == (job.entries or 0) + 1:
         return Response(status_code=204)
     encoder = JobEventEncoder(starting_after=after)
     if "speed" in request.query_params:
@@ -349,7 +354,7 @@ async def bulk_retry(request: Request) -> Response:
     """`POST /v1/jobs/retry`: asks again for the ended ones of the jobs that the filters choose."""
 
     async def act(job: JobRecord) -> None:
-        await _retry_job(request, job)
+        await _retry_job(request, await find_job(request, job_id=job.job_id))  # a list does not hold all of it
 
     return await _bulk(request, "retry", act, lambda job: job.is_terminal)
 

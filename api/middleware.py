@@ -22,7 +22,10 @@ from shared.settings import DEFAULT_TENANT, Settings, TenantKey, is_loopback
 
 log = structlog.get_logger(__name__)
 
-OPEN_PATHS = ("/health", "/ready")  # for load balancers, which have no key
+OPEN_PATHS = (
+    *("/health", "/ready"),  # for load balancers, which have no key
+    *("/openapi.json", "/docs"),  # for browsers, which have none either; they tell nothing of the deployment
+)
 DASHBOARD = "/dashboard"  # has sessions of its own, see api/dashboard/access.py
 LOCAL_OPERATOR = "local"  # who operates a deployment without keys
 LINGER_BYTES, LINGER_S = 256 * 1024 * 1024, 30  # how much, and how long, a refused upload may go on
@@ -163,10 +166,17 @@ class AuthMiddleware:
         address = (scope.get("server") or [""])[0]
         origin = headers.get("origin")
         by_socket_file = not address or address.startswith("/")
-        is_local = by_socket_file or (is_loopback(address) and _is_loopback_url(f"//{headers.get('host', '')}"))
+        host = headers.get("host", "")
+        is_local_name = _HOST.fullmatch(host) is not None and _is_loopback_url(f"//{host}")
+        is_local = by_socket_file or (is_loopback(address) and is_local_name)
         if not is_local:
             raise ForbiddenError("Without ENDMARK_API_KEYS only this machine is served, by a loopback address.")
-        if origin is not None and not _is_loopback_url(origin) and not self._origins & {origin, "*"}:
+        if origin is None:  # some requests of a page carry none
+            is_of_a_strange_page = headers.get("sec-fetch-site") == "cross-site" and "*" not in self._origins
+        else:
+            is_local_page = _ORIGIN.fullmatch(origin) is not None and _is_loopback_url(origin)
+            is_of_a_strange_page = not is_local_page and not self._origins & {origin, "*"}
+        if is_of_a_strange_page:
             raise ForbiddenError("Without ENDMARK_API_KEYS web pages are served only from ENDMARK_CORS_ORIGINS.")
 
 
@@ -181,6 +191,10 @@ def _secret(key: SecretStr) -> bytes:
 
 def _fingerprint(key: bytes) -> str:
     return hashlib.blake2b(key, digest_size=4).hexdigest()
+
+
+_HOST = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
+_ORIGIN = re.compile(rf"https?://{_HOST.pattern}")
 
 
 def _is_loopback_url(url: str) -> bool:

@@ -48,11 +48,12 @@ async def once(request: Request, body: object) -> Once | None:
         )
     large = int(request.headers.get("content-length") or _LARGE_BYTES) >= _LARGE_BYTES
     digest = await asyncio.to_thread(_digest, body) if large else _digest(body)
+    digest = _hash(f"{request.url.path} {digest}".encode())
     if key is not None:
         return Once(name=f"key:{_hash(key.encode())}", body_digest=digest, join=Join.ALWAYS)
     is_first = request.headers["x-stainless-retry-count"].strip() in ("", "0")
     join = Join.NEVER if is_first else Join.UNLESS_FAILED
-    return Once(name=f"retry:{request.url.path}:{digest}", body_digest=digest, join=join)
+    return Once(name=f"retry:{digest}", body_digest=digest, join=join)
 
 
 def _digest(body: object) -> str:

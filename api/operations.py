@@ -18,15 +18,15 @@ from shared.operations import AuditEntry, Operations, QueueState, WorkerState
 
 log = structlog.get_logger(__name__)
 
-_STREAM_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_STREAM_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 
 class Pause(BaseModel):
     """What `POST /v1/queue/pause` may say."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    for_s: Annotated[float, Field(gt=0, le=30 * 24 * 3600)] = 24 * 3600
+    for_s: Annotated[float, Field(ge=0.001, le=30 * 24 * 3600)] = 24 * 3600  # Redis counts in ms
 
 
 def operator_of(request: Request) -> str:
@@ -91,7 +91,7 @@ async def audit(request: Request) -> Response:
     """`GET /v1/audit?limit&before`: the latest first."""
     operator_of(request)
     limit, before = limit_of(request), request.query_params.get("before")
-    if before is not None and not _STREAM_ID.fullmatch(before):
+    if before is not None and not _is_stream_id(before):
         raise InvalidRequestError("before must be the id of an audit entry.", param="before")
     entries = await reached(lambda: operations_of(request).trail(limit + 1, before))
     page = entries[:limit]
@@ -104,6 +104,14 @@ async def audit(request: Request) -> Response:
             "has_more": len(entries) > len(page),
         }
     )
+
+
+def _is_stream_id(given: str) -> bool:
+    """Whether Redis may have given it: two numbers of 64 bits, not both of them 0. It refuses to read any other."""
+    if not _STREAM_ID.fullmatch(given):
+        return False
+    numbers = [int(part) for part in given.split("-")]
+    return any(numbers) and all(number < 2**64 for number in numbers)
 
 
 async def _queue_object(request: Request) -> dict[str, Any]:

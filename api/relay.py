@@ -22,6 +22,7 @@ class Relay:
 
     def __init__(self) -> None:
         self.ending: Ending | None = None  # set once; what the client is to be told
+        self.is_the_jobs = False  # whether the job has ended so; otherwise it is only what this reader has found
         self._tally = Tally()
 
     def accept(self, entries: Iterable[Entry]) -> list[Entry]:
@@ -49,8 +50,11 @@ class Relay:
     def _judge(self, marker: Entry) -> Ending:
         try:
             if marker.kind is Kind.ERROR:
-                return ErrorMarker.parse(marker.payload)
+                error = ErrorMarker.parse(marker.payload)
+                self.is_the_jobs = True
+                return error
             ok = OkMarker.parse(marker.payload)
         except UnreadableEntryError:
             return INCOMPLETE
-        return ok if ok.confirms(self._tally) else INCOMPLETE
+        self.is_the_jobs = ok.confirms(self._tally)
+        return ok if self.is_the_jobs else INCOMPLETE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -38,22 +39,29 @@ class ReplayedAnswer(Response):
             async with answer.follow(receive) as tail:
                 await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
                 try:
-                    await _say(send, encoder.opening())
+                    await self._say(send, encoder.opening())
                     said_ms = 0
                     while not answer.has_ended():
                         for entry in await answer.entries(tail, answer.settings.ping_interval_s):
                             at_ms = self._offset_ms(entry, said_ms)
                             await self._pause(send, (at_ms - said_ms) / 1000 / self._speed)
                             said_ms = at_ms
-                            await _say(send, encoder.frames([entry]))
+                            await self._say(send, encoder.frames([entry]))
                 except asyncio.CancelledError:
-                    await send({"type": "http.response.body", "body": encoder.error(INTERRUPTED)})
+                    await send({"type": "http.response.body", "body": encoder.broken(INTERRUPTED)})
                     raise
         except (ClientGoneError, OSError):
             return
         ending = answer.ending
-        last = encoder.ending(ending) if isinstance(ending, OkMarker) else encoder.error(ending or INCOMPLETE)
-        await send({"type": "http.response.body", "body": last})
+        if isinstance(ending, OkMarker):
+            last = encoder.ending(ending)
+        elif ending is not None and answer.is_the_jobs:
+            last = encoder.error(ending)
+        else:
+            last = encoder.broken(ending or INCOMPLETE)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(answer.settings.stall_timeout_s):
+                await send({"type": "http.response.body", "body": last})
 
     def _offset_ms(self, entry: Entry, said_ms: int) -> int:
         """When an entry was said; an opening, and what has no timing, with the one before it."""
@@ -68,9 +76,14 @@ class ReplayedAnswer(Response):
             await self._answer.sleep(part_s)
             left_s -= part_s
             if left_s > 0:
-                await _say(send, PING)
+                await self._say(send, PING)
 
-
-async def _say(send: Send, frames: bytes) -> None:
-    if frames:
-        await send({"type": "http.response.body", "body": frames, "more_body": True})
+    async def _say(self, send: Send, frames: bytes) -> None:
+        """Raises ClientGoneError if the client takes nothing for the stall timeout."""
+        if not frames:
+            return
+        try:
+            async with asyncio.timeout(self._answer.settings.stall_timeout_s):
+                await send({"type": "http.response.body", "body": frames, "more_body": True})
+        except TimeoutError as stalled:
+            raise ClientGoneError from stalled

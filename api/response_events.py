@@ -29,16 +29,6 @@ TOOL_FAILED = "The tool failed."
 
 _INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}  # by finish reason
 
-# The reader's own findings, see Rule 3.
-_NOT_AN_ENDING = frozenset(
-    {
-        ErrorCode.STREAM_INTERRUPTED,
-        ErrorCode.STREAM_UNREACHABLE,
-        ErrorCode.STREAM_EXPIRED,
-        ErrorCode.STREAM_INCOMPLETE,
-    }
-)
-
 
 @dataclass(slots=True)
 class _Speech:
@@ -326,14 +316,16 @@ class ResponseEncoder:
     def error(self, marker: ErrorMarker) -> bytes:
         """A cancelled response has no event of its own in the SDKs. All else is raised by them."""
         error = error_object(marker.code, marker.message)
-        if marker.code in _NOT_AN_ENDING:
-            return _event("error", self.number, _error_fields(error))
         if marker.code == ErrorCode.CANCELLED:
             self.response = self._head.response("cancelled", self._output.so_far(), incomplete_reason="cancelled")
             return self._frame("response.incomplete", {"response": self.response})
         self.response = self._head.response("failed", self._output.so_far(), error=error)
         failed = self._frame("response.failed", {"response": self.response})
         return failed + self._frame("error", _error_fields(error))
+
+    def broken(self, marker: ErrorMarker) -> bytes:
+        """With the last number once more: whoever resumes behind it misses nothing."""
+        return _event("error", self.number, _error_fields(error_object(marker.code, marker.message)))
 
     def _frame(self, type_: str, fields: dict[str, Any]) -> bytes:
         self.number += 1

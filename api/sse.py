@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from types import coroutine
 from typing import Any, Protocol, cast
@@ -64,7 +65,10 @@ class FrameEncoder(Protocol):
         """The last frames of a whole answer."""
 
     def error(self, marker: ErrorMarker) -> bytes:
-        """The last frames of a broken one."""
+        """The last frames of one that ended in an error."""
+
+    def broken(self, marker: ErrorMarker) -> bytes:
+        """The last frames of a stream that cannot be followed any further, whatever becomes of its job."""
 
 
 class StreamedAnswer(Response):
@@ -87,6 +91,7 @@ class StreamedAnswer(Response):
         self._encoder = encoder
         self._starting_after = starting_after
         self._last: bytes | None = None  # the last frames, once they are made
+        self._is_sending = False  # whether a part of some frames was sent, and another was not
         self._ping_at = self._heartbeat_at = 0.0  # of time.monotonic
         self._unsent: Callable[[], Awaitable[None]] | None = None  # the rest of a push that the client was too slow for
 
@@ -104,11 +109,13 @@ class StreamedAnswer(Response):
                         await self._send(server_send, frames)
                     await self._relay_entries(tail, server_send)
                 except asyncio.CancelledError:  # the server stops, and has waited long enough
-                    await send({"type": "http.response.body", "body": self._encoder.error(INTERRUPTED)})
+                    if not self._is_sending and self._unsent is None:  # a frame that was cut must not be gone on with
+                        await send({"type": "http.response.body", "body": self._encoder.broken(INTERRUPTED)})
                     raise
         except (ClientGoneError, OSError):
             return
-        await send({"type": "http.response.body", "body": self._last_frames()})
+        with suppress(ClientGoneError):
+            await self._wait_for(send({"type": "http.response.body", "body": self._last_frames()}))
         if self.background is not None:
             await self.background()
 
@@ -121,7 +128,7 @@ class StreamedAnswer(Response):
             frames += encoder.frames(entries)
             if encoder.number >= starting_after or not (entries or answer.has_ended()):
                 break
-        if isinstance(answer.ending, ErrorMarker) and answer.ending.code in CANNOT_BE_READ:
+        if isinstance(answer.ending, ErrorMarker) and not answer.is_the_jobs and answer.ending.code in CANNOT_BE_READ:
             raise CANNOT_BE_READ[answer.ending.code](answer.ending)
         if answer.has_ended():
             self._last_frames()
@@ -137,8 +144,10 @@ class StreamedAnswer(Response):
             ending = self._answer.ending
             if isinstance(ending, OkMarker):
                 self._last = self._encoder.ending(ending)
+            elif ending is not None and self._answer.is_the_jobs:
+                self._last = self._encoder.error(ending)
             else:
-                self._last = self._encoder.error(ending or INCOMPLETE)
+                self._last = self._encoder.broken(ending or INCOMPLETE)
         return self._last
 
     async def _relay_entries(self, tail: Tail, send: Send) -> None:
@@ -148,6 +157,7 @@ class StreamedAnswer(Response):
             frames = encoder.frames(entries)
             if frames:
                 self._said_something()
+                answer.has_been_told = True
                 if len(frames) > SEND_BYTES:
                     self._unsent = partial(self._send, send, frames)
                 elif (rest := _begin(send, frames)) is not None:
@@ -191,11 +201,13 @@ class StreamedAnswer(Response):
 
     async def _wait_for(self, sending: Awaitable[None]) -> None:
         """Waits for a client that does not take at once what it is sent. Raises ClientGoneError."""
+        self._is_sending = True
         try:
             async with asyncio.timeout(self._answer.settings.stall_timeout_s):
                 await sending
         except TimeoutError as stalled:
             raise ClientGoneError from stalled
+        self._is_sending = False
 
 
 def _part(frames: bytes) -> Message:

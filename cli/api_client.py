@@ -19,6 +19,7 @@ import click
 import httpx
 
 from cli.environment import read_settings
+from cli.terminal import plain
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5.0, 30.0
 QUIET_S = 60.0  # a stream says something more often, if only a comment
@@ -123,6 +124,7 @@ def _raise_for_status(answer: httpx.Response) -> None:
         message = str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = f"the API answered {answer.status_code} {answer.reason_phrase}"
+    message = plain(message).plain
     if answer.status_code == 404:
         raise ApiNotFound(message)
     hint = " Give one with --key or ENDMARK_KEY." if answer.status_code in (401, 403) else ""

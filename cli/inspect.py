@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.api_client import ApiClient, ApiUnreachable, Event, path_of
+from cli.terminal import plain
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -117,7 +118,8 @@ def list_jobs(api: ApiClient, as_json: bool, limit: int, oldest_first: bool, que
         return
     table = Table("job", "status", "accepted", "wait", "first token", "run", "model", "error", box=None)
     for job in found:
-        table.add_row(
+        _row(
+            table,
             job["id"],
             _status(job["status"]),
             _instant(job["accepted_ms"]),
@@ -141,9 +143,9 @@ def count(api: ApiClient, as_json: bool, query: dict[str, Any]) -> None:
         return
     table = Table("state", "jobs", box=None)
     for status in STATUSES:
-        table.add_row(_status(status), str(counts["by_status"].get(status, 0)))
+        _row(table, _status(status), str(counts["by_status"].get(status, 0)))
     for code, number in sorted(counts["by_code"].items()):
-        table.add_row(f"  {code}", str(number))
+        _row(table, f"  {code}", str(number))
     _print_table(table)
 
 
@@ -160,27 +162,27 @@ def show(api: ApiClient, as_json: bool, job_id: str) -> None:
     table = Table(show_header=False, box=None)
     for name in ("id", "kind", "model", "tenant", "session", "attempt", "worker", "finish_reason", "retry_of"):
         if job.get(name) not in (None, ""):
-            table.add_row(name, Text(str(job[name])))
+            _row(table, name, str(job[name]))
         if name == "kind":
-            table.add_row("status", _status(job["status"]))
+            _row(table, "status", _status(job["status"]))
     for key, value in job["metadata"].items():
-        table.add_row(f"metadata {key}", Text(value))
+        _row(table, f"metadata {key}", value)
     for name, value in job["timings"].items():
         if value is not None:
-            table.add_row(name.removesuffix("_ms").replace("_", " "), _duration(value))
+            _row(table, name.removesuffix("_ms").replace("_", " "), _duration(value))
     console.print(table)
     console.print()
     for step in job["timeline"]:
         details = [f"attempt {step['attempt']}" if step["attempt"] else "", step["worker"] or ""]
         console.print(
-            Text(f"{_instant(step['at_ms'])}  {step['what'].replace('_', ' ')}  {'  '.join(details)}".rstrip())
+            plain(f"{_instant(step['at_ms'])}  {step['what'].replace('_', ' ')}  {'  '.join(details)}".rstrip())
         )
     if job["error"]:
-        console.print(Text(f"\n{job['error']['code']}: {job['error']['message']}", style="red"))
+        console.print(plain(f"\n{job['error']['code']}: {job['error']['message']}", style="red"))
     if job["traceback"]:
-        console.print(Text(job["traceback"], style="dim"))
+        console.print(plain(job["traceback"], style="dim"))
     if job["answer"]:
-        console.print(Text(f"\n{job['answer']['text']}"))
+        console.print(plain(f"\n{job['answer']['text']}"))
 
 
 @jobs.command()
@@ -228,7 +230,7 @@ def delete(api: ApiClient, as_json: bool, job_ids: tuple[str, ...]) -> None:
         _print_json(deleted)
         return
     for job in deleted:
-        click.echo(f"{job['id']}  deleted")
+        _echo(f"{job['id']}  deleted")
 
 
 @jobs.command()
@@ -252,9 +254,9 @@ def bulk(
         _print_json(would)
         return
     for job_id in would["ids"]:
-        click.echo(job_id)
+        _echo(job_id)
     for refused in would["refused"]:
-        click.echo(f"{refused['id']}  {refused['reason']}", err=True)
+        _echo(f"{refused['id']}  {refused['reason']}", err=True)
     verb = "would be" if dry_run else "were"
     click.echo(f"{would['matched'] if dry_run else would['done']} jobs {verb} asked to {action}", err=True)
 
@@ -272,7 +274,8 @@ def workers(context: click.Context, api: ApiClient, as_json: bool) -> None:
         return
     table = Table("worker", "agent", "jobs", "started", "last beat", "version", "", box=None)
     for worker in listed["data"]:
-        table.add_row(
+        _row(
+            table,
             worker["id"],
             worker["agent"],
             f"{len(worker['jobs'])}/{worker['max_jobs']}",
@@ -290,7 +293,7 @@ def workers(context: click.Context, api: ApiClient, as_json: bool) -> None:
 def drain_worker(api: ApiClient, as_json: bool, worker_id: str) -> None:
     """Let a worker finish what it runs, and leave."""
     drained = api.post(f"/v1/workers/{path_of(worker_id)}/drain")
-    _print_json(drained) if as_json else click.echo(f"{drained['id']}  drains")
+    _print_json(drained) if as_json else _echo(f"{drained['id']}  drains")
 
 
 @click.group(invoke_without_command=True)
@@ -350,18 +353,18 @@ def _all_events(api: ApiClient, job_id: str, speed: float | None) -> Iterator[Ev
 def _print_event(console: Console, event: Event) -> None:
     match event.name:
         case "delta":
-            console.print(Text(event.data["text"]), end="")
+            console.print(plain(event.data["text"]), end="")
         case "reasoning":
-            console.print(Text(event.data["text"], style="dim"), end="")
+            console.print(plain(event.data["text"], style="dim"), end="")
         case "tool":
             detail = f": {event.data['detail']}" if event.data.get("detail") else ""
-            console.print(Text(f"\n[{event.data['name']} {event.data['status']}{detail}]", style="cyan"))
+            console.print(plain(f"\n[{event.data['name']} {event.data['status']}{detail}]", style="cyan"))
         case "tool_call":
-            console.print(Text(f"\n[call {json.dumps(event.data)}]", style="cyan"))
+            console.print(plain(f"\n[call {json.dumps(event.data)}]", style="cyan"))
         case "end":
             error = event.data["error"]
             ending = f"{error['code']}: {error['message']}" if error else event.data["finish_reason"]
-            console.print(Text(f"\n{event.data['status']} ({ending})", style=_STYLE[event.data["status"]]))
+            console.print(plain(f"\n{event.data['status']} ({ending})", style=_STYLE[event.data["status"]]))
 
 
 def _act(as_json: bool, acted: list[dict[str, Any]]) -> None:
@@ -370,7 +373,7 @@ def _act(as_json: bool, acted: list[dict[str, Any]]) -> None:
         return
     console = Console(soft_wrap=True)
     for job in acted:
-        console.print(Text.assemble(job["id"], "  ", _status(job["status"])))
+        console.print(Text.assemble(plain(job["id"]), "  ", _status(job["status"])))
 
 
 def _print_queue(state: dict[str, Any], as_json: bool) -> None:
@@ -378,13 +381,22 @@ def _print_queue(state: dict[str, Any], as_json: bool) -> None:
         _print_json(state)
         return
     table = Table(show_header=False, box=None)
-    table.add_row("running", f"{state['running']} of {state['slots']} slots on {state['workers']} workers")
-    table.add_row("claimable", str(state["claimable"]))
-    table.add_row("waiting for a turn", str(state["waiting_for_a_turn"]))
-    table.add_row("oldest wait", _duration(state["oldest_wait_ms"]))
+    _row(table, "running", f"{state['running']} of {state['slots']} slots on {state['workers']} workers")
+    _row(table, "claimable", str(state["claimable"]))
+    _row(table, "waiting for a turn", str(state["waiting_for_a_turn"]))
+    _row(table, "oldest wait", _duration(state["oldest_wait_ms"]))
     paused = state["paused"]
-    table.add_row("paused", f"by {paused['by']} for {_duration(paused['for_ms'])} more" if paused else "no")
+    _row(table, "paused", f"by {paused['by']} for {_duration(paused['for_ms'])} more" if paused else "no")
     _print_table(table)
+
+
+def _row(table: Table, *cells: str | Text) -> None:
+    """Adds cells, none of which is taken for markup."""
+    table.add_row(*(cell if isinstance(cell, Text) else plain(cell) for cell in cells))
+
+
+def _echo(text: str, *, err: bool = False) -> None:
+    click.echo(plain(text).plain, err=err)
 
 
 def _as_object(query: dict[str, Any]) -> dict[str, Any]:
@@ -406,7 +418,7 @@ def _print_table(table: Table, nothing: str | None = None) -> None:
 
 
 def _status(status: str) -> Text:
-    return Text(status, style=_STYLE.get(status, ""))
+    return plain(status, _STYLE.get(status, ""))
 
 
 def _instant(ms: int | None) -> str:
@@ -477,12 +489,13 @@ def _dashboard(seen: dict[str, Any]) -> Table:
     for worker in seen["workers"]:
         slots = f"{len(worker['jobs'])}/{worker['max_jobs']}"
         draining = "draining" if worker["draining"] else ""
-        fleet.add_row(worker["id"], worker["agent"], slots, _instant(worker["last_beat_ms"]), draining)
+        _row(fleet, worker["id"], worker["agent"], slots, _instant(worker["last_beat_ms"]), draining)
     page.add_row(fleet)
     for title in ("running", "latest"):
         table = Table(title, "status", "accepted", "wait", "run", "error", box=None)
         for job in seen[title]:
-            table.add_row(
+            _row(
+                table,
                 job["id"],
                 _status(job["status"]),
                 _instant(job["accepted_ms"]),

@@ -226,10 +226,16 @@ class JobRecord:
     trace: Mapping[str, str]  # the span of the request, see shared/tracing.py; empty if there was none
 
     @property
+    def echo(self) -> dict[str, Any]:
+        """What the answer repeats of the request, as its API wants it."""
+        echo: dict[str, Any] = parse_json(self.echo_json) if self.echo_json else {}
+        return echo
+
+    @property
     def is_terminal(self) -> bool:
         return self.status in TERMINAL
 
-    echo: dict[str, Any]  # what the answer repeats of the request
+    echo_json: bytes  # what the answer repeats of the request; lists leave it out, since it may be large
 
     @property
     def created_s(self) -> int:
@@ -275,6 +281,6 @@ class JobRecord:
             lost=[LostAttempt(**lost) for lost in parse_json(fields.get(b"lost") or b"[]")],
             traceback=text(b"traceback"),
             retry_of=text(b"retry_of"),
-            echo=parse_json(fields[b"echo"]) if fields.get(b"echo") else {},
+            echo_json=fields.get(b"echo", b""),
             trace={name: text(name.encode()) for name in CARRIED if name.encode() in fields},
         )

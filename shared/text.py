@@ -41,14 +41,22 @@ def json_bytes(value: Any) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON document. Raises ValueError on anything else, NaN and what exceeds our limits included."""
+    """The value of a JSON document that we have written. Raises ValueError on anything else, NaN included.
+
+    What we write holds what a client has sent, and a little around it: so here is no limit but the parser's.
+    """
     try:
-        value = orjson.loads(data)
+        return orjson.loads(data)
     except orjson.JSONDecodeError:
         try:  # orjson refuses lone surrogates, the standard library reads them
-            value = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
+            return json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
+
+
+def parse_strangers_json(data: bytes) -> Any:
+    """The same of a document that anybody may have written: ValueError also for what exceeds our limits."""
+    value = parse_json(data)
     _refuse_excess(value)
     return value
 

@@ -27,6 +27,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.connection import COMMAND_TIMEOUT_S
 from shared.listening import PROBE_S
+from shared.tasks import end_task
 
 LOOK_S = 1.0
 _INCOMPLETE: Final = object()
@@ -236,7 +237,7 @@ class Line:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[CallWire] | None = None  # one try to connect is all the waiting callers' try
         self._wire: CallWire | None = None
         self._wires = AsyncExitStack()  # holds the one that is open
 
@@ -244,16 +245,19 @@ class Line:
         """As `CallWire.call`. Refusals are among the replies."""
         wire = self._wire
         if wire is None or wire.is_broken:
-            wire = await self._open()
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.create_task(self._open())
+            wire = await asyncio.shield(self._opening)  # a caller that goes away does not take the others' try along
         return await wire.call(commands, replies)
 
     async def _open(self) -> CallWire:
-        async with self._opening:
-            if self._wire is None or self._wire.is_broken:
-                self._wire = None
-                await self._wires.aclose()
-                self._wire = await self._wires.enter_async_context(open_wire(self._redis, CallWire))
-            return self._wire
+        if self._wire is None or self._wire.is_broken:
+            self._wire = None
+            await self._wires.aclose()
+            self._wire = await self._wires.enter_async_context(open_wire(self._redis, CallWire))
+        return self._wire
 
     async def aclose(self) -> None:
+        if self._opening is not None:
+            await end_task(self._opening)
         await self._wires.aclose()

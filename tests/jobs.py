@@ -154,6 +154,13 @@ async def running(store: JobStore, *, session: str = "") -> Attempt:
     return attempt
 
 
+async def nobody_listens(store: JobStore, job_id: str) -> None:
+    """It has been so for long, as far as claims have looked: the next one gives the job up."""
+    seconds, _ = await store.redis.time()
+    fields = {"accepted_ms": "1", "unheard_ms": f"1 {seconds * 1000}"}
+    await store.redis.hset(store.keys.job(job_id), mapping=fields)  # type: ignore[misc]  # redis-py types both its clients at once
+
+
 async def entries_of(store: JobStore, job_id: str) -> list[Entry]:
     """The whole stream, as a reader gets it: of a pack, what it holds."""
     entries: list[Entry] = []

@@ -65,8 +65,8 @@ def health_check_key(settings: Settings) -> str:
 
 async def run_completion(ctx: dict[str, Any]) -> None:
     """The function that arq calls for a job: executes the attempt that this worker has claimed."""
-    runs: dict[str, Run] = ctx["runs"]
-    await runs[ctx["job_id"]].execute()
+    run: Run = ctx["run"]
+    await run.execute()
 
 
 class QueueWorker(Worker):
@@ -103,7 +103,6 @@ class QueueWorker(Worker):
             "poll_delay": 0,  # _poll_iteration waits for the bell instead
             "keep_result": 0,  # the stream is the result
             "retry_jobs": False,  # recovery retries, see the sweep
-            "ctx": {"runs": self.runs},
             "job_serializer": json_bytes,
             "job_deserializer": parse_json,
         }
@@ -250,7 +249,7 @@ class QueueWorker(Worker):
                 self.jobs_failed += 1
                 await self._give_up(claim)
             else:
-                await function.coroutine(self.ctx | {"job_id": claim.job_id})
+                await function.coroutine(self.ctx | {"job_id": claim.job_id, "run": run})
                 self.jobs_complete += 1
         except Exception:
             self.jobs_failed += 1

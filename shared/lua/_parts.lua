@@ -174,12 +174,19 @@ local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
   queue_webhook(id, status, payload, now)
 end
 
+-- How much was said, as far as it has: for readers, which know by it that they have seen the end.
+local function note_entries(id)
+  local last = redis.call('XREVRANGE', stream_key(id), '+', '-', 'COUNT', 1)
+  if #last == 1 then redis.call('HSET', job_key(id), 'entries', string.match(last[1][1], '%d+$')) end
+end
+
 -- The job has ended, but may still execute: whoever executes it releases it, or the sweep does after a while.
 local function await_release(id, now) redis.call('ZADD', deadlines, int(now + RELEASE_MS), id) end
 
 -- Ends a job from outside of its attempt. The marker opens attempt n+1, so that whoever still runs attempt n is fenced.
 -- A worker that may still execute it is told to stop, and releases the job when it has.
 local function end_from_outside(id, payload, status, now, retention_ms)
+  note_entries(id)
   local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'worker')
   local attempt = int(tonumber(job[2]) + 1)
   end_job(id, attempt .. '-0', 'error', payload, status, now, retention_ms)

@@ -11,24 +11,27 @@ local lease_end = redis.call('ZSCORE', workers, worker)
 if not lease_end or tonumber(lease_end) <= now or redis.call('EXISTS', paused) == 1 then return {} end
 
 -- Whoever waits for a job listens to its stream. Nobody does at first, since a client submits before it listens, nor
--- while an API process connects again: a job that is not heard of has to stay so for a while before it is given up.
-local LISTENED_TO_WITHIN_MS, LOOK_AGAIN_MS, GIVEN_UP_AFTER_MS = 1000, 500, 3000
+-- while an API process connects again, which it may notice late: a job that nobody listens to is looked at again and
+-- again, and given up if that has not changed for longer than a lost connection goes unnoticed.
+local LISTENED_TO_WITHIN_MS, LOOK_AGAIN_MS, LOOKED_WITHIN_MS, GIVEN_UP_AFTER_MS = 1000, 500, 2500, 25000
 
 -- Whether somebody waits for the answer, as far as somebody has to. If not, the job is put back, or given up.
 local given_up = {}
 local function is_wanted(id, job)
-  local accepted_ms, waiters, unheard_ms = tonumber(job[4]), job[5], job[6]
+  local accepted_ms, waiters = tonumber(job[4]), job[5]
   if not waiters or now - accepted_ms < LISTENED_TO_WITHIN_MS then return true end
   if subscribers({stream_channel(id)})[1] > 0 then
-    if unheard_ms then redis.call('HDEL', job_key(id), 'unheard_ms') end
+    if job[6] then redis.call('HDEL', job_key(id), 'unheard_ms') end
     return true
   end
-  if unheard_ms and now - tonumber(unheard_ms) >= GIVEN_UP_AFTER_MS then
+  local since, looked = string.match(job[6] or '', '^(%d+) (%d+)$')
+  if not since or now - tonumber(looked) > LOOKED_WITHIN_MS then since = int(now) end -- nobody knows what was in between
+  if now - tonumber(since) >= GIVEN_UP_AFTER_MS then
     end_from_outside(id, ARGV[7], 'cancelled', now, ARGV[6])
     given_up[#given_up + 1] = {id, 0}
     return false
   end
-  if not unheard_ms then redis.call('HSET', job_key(id), 'unheard_ms', int(now)) end
+  redis.call('HSET', job_key(id), 'unheard_ms', since .. ' ' .. int(now))
   redis.call('ZADD', KEYS[1], int(now + LOOK_AGAIN_MS), id)
   return false
 end

@@ -102,6 +102,11 @@ local function matches(record)
     and is_asked_for(record[7], session) and is_asked_for(record[8], worker)
 end
 
+-- Of a record, what a list shows. Not what may be as large as a request: `echo`, `traceback`.
+local LISTED = {'status', 'kind', 'tenant', 'session', 'model', 'user', 'store', 'background', 'attempt', 'worker',
+                'accepted_ms', 'deadline_ms', 'promoted_ms', 'started_ms', 'first_token_ms', 'last_token_ms', 'tool_ms',
+                'finished_ms', 'entries', 'finish_reason', 'usage', 'error', 'metadata', 'lost', 'retry_of'}
+
 local sources, found, stale = {}, {}, {}
 for _, key in ipairs(fewest) do
   sources[#sources + 1] = {key = key, rank = rank_of_first(key), jobs = {}, at = 1, is_done = false}
@@ -121,7 +126,14 @@ for _ = 1, tonumber(ARGV[3]) do
   if not record[1] then
     stale[#stale + 1] = {its_source.key, next_one.id}
   elseif matches(record) then
-    found[#found + 1] = {next_one.id, redis.call('HGETALL', job_key(next_one.id))}
+    local values, listed = redis.call('HMGET', job_key(next_one.id), unpack(LISTED)), {}
+    for i, name in ipairs(LISTED) do
+      if values[i] then
+        listed[#listed + 1] = name
+        listed[#listed + 1] = values[i]
+      end
+    end
+    found[#found + 1] = {next_one.id, listed}
   end
 end
 for _, member in ipairs(stale) do redis.call('ZREM', member[1], member[2]) end

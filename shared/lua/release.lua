@@ -17,6 +17,7 @@ if job[2] ~= worker or job[3] ~= attempt then return 0 end
 local now = now_ms()
 local ends = job[1] == 'running'
 if ends then
+  note_entries(id)
   end_job(id, int(tonumber(attempt) + 1) .. '-0', 'error', ARGV[5], 'failed', now, ARGV[6])
 end
 release(id, now)

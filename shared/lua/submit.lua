@@ -17,12 +17,20 @@ local before_id, digest
 if once ~= '' and ARGV[12] ~= 'never' then
   before_id, digest = string.match(redis.call('GET', once_key(once)) or '', '^(%S+) (%S+)$')
 end
-local before = before_id and redis.call('HMGET', job_key(before_id), 'status', 'accepted_ms', 'waiters')
+local before = before_id and redis.call('HMGET', job_key(before_id), 'status', 'accepted_ms', 'waiters', 'deadline_ms')
 if before and before[1] then
   local status = before[1]
   if digest ~= ARGV[11] then return 'other_body' end
   if ARGV[12] == 'always' or status == 'queued' or status == 'running' or status == 'succeeded' then
-    if before[3] and not is_terminal(status) then redis.call('HINCRBY', job_key(before_id), 'waiters', 1) end
+    -- Counted once, however often this submission is sent; and who comes later may wait longer.
+    if before[3] and not is_terminal(status) and redis.call('HSETNX', job_key(before_id), 'waiter:' .. id, '1') == 1 then
+      redis.call('HINCRBY', job_key(before_id), 'waiters', 1)
+      local deadline = now_ms() + tonumber(ARGV[6])
+      if status == 'queued' and deadline > tonumber(before[4]) then
+        redis.call('HSET', job_key(before_id), 'deadline_ms', int(deadline))
+        redis.call('ZADD', deadlines, int(deadline), before_id)
+      end
+    end
     return {'joined', before_id, before[2]}
   end
 end

@@ -43,6 +43,7 @@ local function recover(id, worker)
       make_claimable(id, now)
       swept[#swept + 1] = {id, 'retried'}
     else
+      note_entries(id)
       end_job(id, int(attempt + 1) .. '-0', 'error', ARGV[6], 'failed', now, retention_ms)
       release(id, now)
       swept[#swept + 1] = {id, 'worker_lost'}

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from shared import tracing
 from shared.files import FileStore
 from shared.store import JobStore
-from tests.jobs import a_submission, a_worker, running, submitted
+from tests.jobs import a_submission, a_worker, nobody_listens, running, submitted
 from worker.agents.contract import Outcome, Turn, Voice
 from worker.publisher import Publisher
 from worker.run import Run
@@ -115,8 +115,7 @@ async def test_a_job_that_a_release_ends_is_counted_once(store: JobStore) -> Non
 async def test_a_job_that_a_claim_gives_up_is_counted_once(store: JobStore) -> None:
     job_id = await submitted(store, is_waited_for=True)
     worker = await a_worker(store)
-    long_ago = {"accepted_ms": "1", "unheard_ms": "1"}  # since when nobody has listened
-    await store.redis.hset(store.keys.job(job_id), mapping=long_ago)  # type: ignore[misc]  # redis-py types both its clients at once
+    await nobody_listens(store, job_id)
     before = ended("cancelled", "cancelled")
     assert await store.claim(worker.id, 1) == []
     assert await store.claim(worker.id, 1) == []

@@ -11,7 +11,7 @@ from shared.jobs import JobKind, Status, WebhookTarget, new_job_id
 from shared.store import Deletion, JobStore
 from shared.webhooks import AttemptResult, Delivery, DeliveryState, WebhookRecord, WebhookStore, longest_delivery_ms
 from tests.conftest import MakeStore
-from tests.jobs import a_submission, a_worker, everything, record_of, submitted
+from tests.jobs import a_submission, a_worker, everything, nobody_listens, record_of, submitted
 
 SECRET = "whsec_" + "A" * 32
 TARGET = WebhookTarget(url="https://hooks.example/path", secret=SECRET)
@@ -111,8 +111,7 @@ async def ended_by_its_clients_leaving(store: JobStore) -> str:
 
 async def ended_as_unwanted(store: JobStore) -> str:
     job_id = await submitted(store, webhook=TARGET, is_waited_for=True)
-    key: Any = store.keys.job(job_id)
-    await store.redis.hset(key, mapping={"accepted_ms": "1", "unheard_ms": "1"})  # type: ignore[misc]  # redis-py types both its clients at once
+    await nobody_listens(store, job_id)
     assert await (await a_worker(store)).claim() == []
     return job_id
 

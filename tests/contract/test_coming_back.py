@@ -237,6 +237,19 @@ def test_a_browser_that_has_seen_the_end_stays_away(service: Deployment) -> None
         assert http.get(f"/v1/jobs/{job_id}/events", headers={"last-event-id": str(last)}).status_code == 204
 
 
+def test_a_browser_that_has_seen_the_end_of_a_cancelled_job_stays_away(service: Deployment) -> None:
+    with service.client() as client, service.http() as http:
+        stream = client.chat.completions.create(model="endmark", messages=script(say=["a"], then="hang"), stream=True)
+        job_id = next(stream).id
+        http.post(f"/v1/jobs/{job_id}/cancel")
+        with event_source(service, job_id) as source:
+            end = list(source)[-1]
+        assert (end.name, end.data["status"]) == ("end", "cancelled")
+        answer = http.get(f"/v1/jobs/{job_id}/events", headers={"last-event-id": str(end.id)})
+        assert answer.status_code == 204
+        stream.close()
+
+
 def test_a_browser_is_told_of_a_failure(service: Deployment) -> None:
     with service.client() as client, pytest.raises(openai.APIError):
         client.chat.completions.create(model="endmark", messages=script(say=["a"], then="raise"))

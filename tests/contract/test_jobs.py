@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def test_a_job_tells_all_about_itself(operated: Deployment) -> None:
     assert (attempt["attempt"], attempt["outcome"]) == (1, "succeeded")
 
 
+def test_a_job_that_speaks_of_half_a_character_is_shown(operated: Deployment) -> None:
+    said = script(say=["\ud83d", "\ude00 and \ud83d"])
+    with operated.http() as http:
+        body = {"messages": said, "note": "\ud83d"}
+        asked = http.post("/v1/chat/completions", content=json.dumps(body))
+        assert asked.status_code == 200, asked.text
+        shown = http.get(f"/v1/jobs/{asked.json()['id']}").json()
+    assert (shown["answer"]["text"], shown["request"]["params"]) == ("\U0001f600 and \ud83d", {"note": "\ud83d"})
+
+
 def test_operators_see_why_an_agent_failed_and_nobody_else_does(operated: Deployment) -> None:
     job_id = fail(operated)
     with operated.http(key=ADMIN) as admin, operated.http() as tenant:
@@ -203,6 +214,23 @@ def test_an_attempt_that_was_lost_is_told(own_service: Start, tmp_path: Path) ->
         job = http.get(f"/v1/jobs/{job_id}").json()
     assert [attempt["outcome"] for attempt in job["attempts"]] == ["worker_lost", "succeeded"]
     assert [step["what"] for step in job["timeline"]][:4] == ["accepted", "claimed", "lost", "claimed"]
+
+
+def test_what_one_client_sent_hides_no_jobs_from_operators(operated: Deployment) -> None:
+    """As deep as a body may be, and then put into what is stored."""
+    deep: Any = "end"
+    for _ in range(190):
+        deep = [deep]
+    tool = {"type": "function", "name": "f", "parameters": {"a": deep}}
+    with operated.http() as http, operated.http(key=ADMIN) as admin:
+        answer = http.post("/v1/responses", json={"input": "x", "background": True, "tools": [tool]})
+        assert answer.status_code == 200
+        job_id = answer.json()["id"]
+        assert listed(admin) == [job_id]
+        operated.wait_until_idle()
+        assert admin.get(f"/v1/jobs/{job_id}").status_code == 200
+        assert http.get(f"/v1/responses/{job_id}").json()["status"] == "completed"
+        assert http.delete(f"/v1/responses/{job_id}").status_code == 200
 
 
 # -- acting ------------------------------------------------------------------------------------------------------------
@@ -296,11 +324,13 @@ def test_operators_cancel_all_that_runs(operated: Deployment) -> None:
         {"filters": {}, "limit": 0},
         {"filters": {}, "dry": True},
         {"filters": 1},
+        {"filters": {"model": "\ud83d"}},
+        {"filters": {"metadata": {"\ud83d": "a"}}},
     ],
 )
 def test_a_bulk_action_that_makes_no_sense_is_refused(operated: Deployment, body: object) -> None:
     with operated.http(key=ADMIN) as http:
-        assert http.post("/v1/jobs/cancel", json=body).status_code == 400
+        assert http.post("/v1/jobs/cancel", content=json.dumps(body)).status_code == 400
 
 
 def test_only_operators_act_on_many(operated: Deployment) -> None:

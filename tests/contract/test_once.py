@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,15 @@ def test_a_key_that_is_none_is_refused(service: Deployment, key: str) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_idempotency_key")
 
 
+def test_the_same_key_on_another_route_is_refused(service: Deployment) -> None:
+    body = {"messages": script(say=["a"]), "input": "hi", "model": "endmark"}
+    with service.http() as http:
+        headers = {"idempotency-key": "both"}
+        assert http.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
+        answer = http.post("/v1/responses", json=body, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "idempotency_key_reused")
+
+
 def test_a_key_belongs_to_its_tenant(own_service: Start) -> None:
     service = own_service(api_keys=f"{KEY},acme:sk-acme")
     messages = script(say=["a"])
@@ -151,6 +161,21 @@ def test_a_client_that_does_not_come_back_takes_its_job_with_it(service: Deploym
     with service.http() as http, http.stream("POST", "/v1/chat/completions", json=body, headers=headers):
         wait_until(lambda: noted(log, "started") == 1, timeout=10, description="the agent to start")
     wait_until(lambda: noted(log, "cancelled") == 1, timeout=10, description="the agent to be cancelled")
+
+
+def test_a_client_that_leaves_in_mid_answer_takes_its_job_with_it_at_once(service: Deployment, tmp_path: Path) -> None:
+    """It has got something, so its SDK will not send the request again."""
+    log = tmp_path / "log"
+    body = {"messages": script(say=["a"], times=10_000, every_s=0.01, log=str(log)), "stream": True}
+    headers = {"x-stainless-retry-count": "0"}
+    with service.http() as http, http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+        chunks = answer.iter_lines()
+        job_id = json.loads(next(chunks).removeprefix("data: "))["id"]
+        for _ in range(6):
+            next(chunks)
+    wait_until(lambda: noted(log, "cancelled") == 1, timeout=10, description="the agent to be cancelled")
+    lines = [json.loads(line) for line in service.api.output.splitlines() if job_id in line]
+    assert [line["job_is"] for line in lines if line["event"] == "client_left"] == ["done"], "not later"
 
 
 def test_the_same_question_again_is_another_request(service: Deployment, tmp_path: Path) -> None:
@@ -236,6 +261,10 @@ def test_a_waiting_job_does_not_start_when_its_api_process_is_gone(own_service: 
                 stream.close()
             wait_until(lambda: age_ms(service, waiting_id) > 1000, timeout=5, description="the job to have waited")
             httpx.post(f"{other}/v1/jobs/{running_id}/cancel", headers={"authorization": f"Bearer {KEY}"})
+    wait_until(lambda: service.job_field(waiting_id, "unheard_ms"), timeout=20, description="its turn")
+    assert service.job_field(waiting_id, "status") == "queued"
+    since, looked = service.job_field(waiting_id, "unheard_ms").split()
+    service.redis.hset(service.keys.job(waiting_id), "unheard_ms", f"{int(since) - 25_000} {looked}")  # time passes
     service.wait_for_status(waiting_id, Status.CANCELLED, timeout=20)
     service.wait_until_idle()
     assert noted(log, "started") == 0

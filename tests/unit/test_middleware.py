@@ -144,6 +144,12 @@ async def test_load_balancers_need_no_key(path: str) -> None:
     assert (await Exchange().run(guarded("one"), a_scope(path=path, server=("10.0.0.1", 80)))).status == 200
 
 
+@pytest.mark.parametrize("path", ["/openapi.json", "/docs"])
+async def test_browsers_that_read_about_the_api_need_no_key(path: str) -> None:
+    for keys in ("one", ""):
+        assert (await Exchange().run(guarded(keys), a_scope(path=path, server=("10.0.0.1", 80)))).status == 200
+
+
 @pytest.mark.parametrize("path", ["/health/", "//health", "/healthy", "/v1/models"])
 async def test_everything_else_needs_one(path: str) -> None:
     assert (await Exchange().run(guarded("one"), a_scope(path=path))).status == 401

@@ -289,11 +289,21 @@ def test_a_cancelled_response_ends_in_an_event_that_the_sdks_know() -> None:
 
 @pytest.mark.parametrize("code", [code for code in ErrorCode if code.startswith("stream_")])
 def test_what_is_wrong_with_the_stream_takes_no_number_from_what_is_to_come(code: ErrorCode) -> None:
-    before = events(entries(said("Hel")))[4]
-    last = events(entries(said("Hel")), ErrorMarker(code, "gone"))[-1]
-    assert (last["type"], last["error"]["code"]) == ("error", code)
-    assert last["sequence_number"] == before["sequence_number"]
-    assert "response.failed" not in types(entries(said("Hel")), ErrorMarker(code, "gone"))
+    encoder = ResponseEncoder(a_head())
+    encoder.opening()
+    encoder.frames(entries(said("Hel")))
+    before = encoder.number
+    name, data = encoder.broken(ErrorMarker(code, "gone")).split(b"\n")[:2]
+    assert name == b"event: error"
+    last = json.loads(data.removeprefix(b"data: "))
+    assert (last["error"]["code"], last["sequence_number"]) == (code, before)
+
+
+@pytest.mark.parametrize("code", [code for code in ErrorCode if code.startswith("stream_")])
+def test_a_job_that_has_ended_so_is_a_failed_response_whatever_its_code(code: ErrorCode) -> None:
+    assert types(entries(said("Hel")), ErrorMarker(code, "gone"))[-2:] == ["failed", "error"]
+    failed = ended_response(a_head(), entries(said("Hel")), ErrorMarker(code, "gone"))
+    assert (failed["status"], failed["error"]["code"]) == ("failed", code)
 
 
 def test_a_heartbeat_repeats_the_last_number() -> None:

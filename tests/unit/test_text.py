@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shared.text import bytes_text, json_bytes, parse_json, text_bytes
+from shared.text import bytes_text, json_bytes, parse_json, parse_strangers_json, text_bytes
 
 TEXTS = [
     "",
@@ -62,13 +62,14 @@ def test_values_that_json_has_survive(value: Any) -> None:
     assert parse_json(json_bytes(value)) == value
 
 
-@pytest.mark.parametrize("depth", [100, 300, 990, 1000, 1010, 1024, 1100, 100_000])
+@pytest.mark.parametrize("depth", [100, 199, 300, 990, 1000, 1010, 1024, 1100, 100_000])
 def test_what_is_nested_too_deeply_is_refused_when_it_is_read(depth: int) -> None:
     """Not later: a request that was read is stored as JSON again, and must not fail then."""
     document = b"[" * depth + b"]" * depth
     try:
-        value = parse_json(document)
+        value = parse_strangers_json(document)
     except ValueError:
         assert depth > 200, "what people send is not nested as deeply as this"
     else:
-        assert json_bytes({"messages": value}) == b'{"messages":' + document + b"}"
+        stored = json_bytes({"request": {"params": {"around": {"it": value}}}})
+        assert parse_json(stored)["request"]["params"]["around"]["it"] == value, "with what is put around it"
