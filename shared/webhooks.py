@@ -101,10 +101,16 @@ class Delivery:
     status: Status
     marker: bytes  # the payload of the job's marker
     ended_ms: int  # Redis's clock
+    tenant: str
 
     @property
     def event_id(self) -> str:
         return event_id(self.job_id)
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """What it takes a place of, among those that a worker may have on their way: its host's, and its tenant's."""
+        return (self.host, f"tenant {self.tenant}") if self.host else ("",)
 
     @property
     def host(self) -> str:
@@ -173,14 +179,17 @@ class WebhookStore:
         self._settle = redis.register_script(scripts.source("settle_webhook"))
         self._retention_ms = round(settings.retention_s * 1000)
 
-    async def claim(self, limit: int, *, on_their_way: Mapping[str, int], max_per_host: int) -> Claimed:
-        """Up to `limit` webhooks that are due. `on_their_way`: how many the worker is sending, by host."""
+    async def claim(
+        self, limit: int, *, on_their_way: Mapping[str, int], max_per_host: int, max_per_tenant: int
+    ) -> Claimed:
+        """Up to `limit` webhooks that are due. `on_their_way`: how many the worker is sending, by `Delivery.shares`."""
         more_are_due, rows, given_up = await self._claim(
             [self._keys.webhooks],
             [
                 self._keys.prefix,
                 limit,
                 max_per_host,
+                max_per_tenant,
                 round((self.settings.webhook_timeout_s + SETTLE_S) * 1000),
                 self.settings.webhook_max_attempts,
                 self._retention_ms,
@@ -228,6 +237,7 @@ def _delivery(
     status: bytes,
     marker: bytes,
     ended_ms: bytes,
+    tenant: bytes,
 ) -> Delivery:
     """A row of the script's answer."""
     return Delivery(
@@ -240,6 +250,7 @@ def _delivery(
         status=Status(status.decode()),
         marker=marker,
         ended_ms=int(ended_ms),
+        tenant=tenant.decode(),
     )
 
 

@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 MAX_ON_THEIR_WAY = 200  # webhooks that a worker sends at a time
 MAX_PER_HOST = 20  # of them, to one host
+MAX_PER_TENANT = 50  # of them, to URLs that one tenant has named: it may name any number of hosts
 LOOK_S = 0.5  # how often a worker looks for webhooks that are due
 LOOK_AGAIN_S = 0.05  # the same while it has left some behind
 STOP_S = 1.0  # what a stopping worker waits for those on their way
@@ -81,8 +82,9 @@ class WebhookDeliverer:
         """Begins to deliver what is due, as far as there is room. Whether more is due."""
         claimed = await self._webhooks.claim(
             MAX_ON_THEIR_WAY - len(self._on_their_way),
-            on_their_way=Counter(delivery.host for delivery in self._on_their_way.values()),
+            on_their_way=Counter(share for delivery in self._on_their_way.values() for share in delivery.shares),
             max_per_host=MAX_PER_HOST,
+            max_per_tenant=MAX_PER_TENANT,
         )
         for job_id in claimed.given_up:
             log.error("webhook_given_up", job=job_id, reason="every worker that tried was lost")

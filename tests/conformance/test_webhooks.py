@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def webhooks_of(store: JobStore) -> WebhookStore:
 
 
 async def due(store: JobStore, limit: int = 10) -> list[Delivery]:
-    return (await webhooks_of(store).claim(limit, on_their_way={}, max_per_host=5)).deliveries
+    return (await webhooks_of(store).claim(limit, on_their_way={}, max_per_host=5, max_per_tenant=100)).deliveries
 
 
 async def webhook_of(store: JobStore, job_id: str) -> WebhookRecord:
@@ -234,7 +235,7 @@ async def test_a_webhook_that_kills_every_worker_is_given_up(make_store: MakeSto
         [delivery] = await due(store)
         assert delivery.attempt == attempt
         await overdue(store, job_id)
-    claimed = await webhooks_of(store).claim(10, on_their_way={}, max_per_host=5)
+    claimed = await webhooks_of(store).claim(10, on_their_way={}, max_per_host=5, max_per_tenant=100)
     assert (claimed.deliveries, claimed.given_up) == ([], [job_id])
     webhook = await webhook_of(store, job_id)
     assert (webhook.state, [attempt.result for attempt in webhook.attempts]) == (DeliveryState.GIVEN_UP, [None, None])
@@ -251,12 +252,12 @@ async def test_a_host_gets_no_more_than_its_share_and_holds_up_no_other(store: J
     busy = await several(store, 10)
     other = await cancelled(store, url="https://other.example/")
     webhooks = webhooks_of(store)
-    claimed = await webhooks.claim(100, on_their_way={"hooks.example": 3}, max_per_host=5)
+    claimed = await webhooks.claim(100, on_their_way={"hooks.example": 3}, max_per_host=5, max_per_tenant=100)
     assert [delivery.job_id for delivery in claimed.deliveries] == [*busy[:2], other]
     assert claimed.more_are_due
     passed_over = await webhook_of(store, busy[2])
     assert (passed_over.attempts, passed_over.due_ms) == ([], 2), "it keeps its place"
-    claimed = await webhooks.claim(100, on_their_way={}, max_per_host=20)
+    claimed = await webhooks.claim(100, on_their_way={}, max_per_host=20, max_per_tenant=100)
     assert [delivery.job_id for delivery in claimed.deliveries] == busy[2:]
     assert not claimed.more_are_due
 
@@ -272,9 +273,9 @@ async def test_a_host_with_more_than_can_be_looked_at_holds_up_no_other(store: J
         await pipe.execute()
     await store.redis.zadd(store.keys.webhooks, copies)
     webhooks = webhooks_of(store)
-    claimed = await webhooks.claim(100, on_their_way={"hooks.example": 5}, max_per_host=5)
+    claimed = await webhooks.claim(100, on_their_way={"hooks.example": 5}, max_per_host=5, max_per_tenant=100)
     assert (claimed.deliveries, claimed.more_are_due) == ([], True)
-    claimed = await webhooks.claim(100, on_their_way={"hooks.example": 5}, max_per_host=5)
+    claimed = await webhooks.claim(100, on_their_way={"hooks.example": 5}, max_per_host=5, max_per_tenant=100)
     assert [delivery.job_id for delivery in claimed.deliveries] == [hidden]
 
 
@@ -339,3 +340,15 @@ async def test_if_too_many_are_pending_the_one_that_is_due_last_is_given_up(stor
     await cancelled(store)  # what is due last has no hash any more, and gets none
     assert await store.redis.zcard(store.keys.webhooks) == 100_000
     assert not await store.redis.exists(store.keys.webhook("resp_99998"))
+
+
+async def test_a_tenant_with_many_hosts_has_its_share_and_no_more(store: JobStore) -> None:
+    """Its endpoints may all hang: the others' webhooks are sent all the same."""
+    for number in range(6):
+        target = WebhookTarget(url=f"https://hooks-{number}.example/", secret=SECRET)
+        await store.cancel(await submitted(store, webhook=target, tenant="acme"), "")
+    other = await submitted(store, webhook=TARGET, tenant="other")
+    await store.cancel(other, "")
+    claimed = await webhooks_of(store).claim(100, on_their_way={"tenant acme": 1}, max_per_host=20, max_per_tenant=3)
+    assert Counter(delivery.tenant for delivery in claimed.deliveries) == {"acme": 2, "other": 1}
+    assert claimed.more_are_due

@@ -56,6 +56,7 @@ def test_an_event_is_named_by_what_has_happened(kind: JobKind, status: Status, m
         status=status,
         marker=marker,
         ended_ms=1_700_000_000_999,
+        tenant="default",
     )
     assert json.loads(delivery.body()) == {
         "id": event_id(job_id),
