@@ -21,7 +21,7 @@ from shared.store import Left
 
 log = structlog.get_logger(__name__)
 
-COME_BACK_WITHIN_S = 2.0  # the SDKs try again after 0.5 s, and after 1 s
+COME_BACK_WITHIN_S = 0.9  # the SDKs try again after up to 0.5 s; an agent is to be told within a second
 
 INTERRUPTED = ErrorMarker(ErrorCode.STREAM_INTERRUPTED, "The server was stopped before the answer was complete.")
 

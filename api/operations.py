@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import structlog
@@ -14,10 +15,12 @@ from api.body import read_json, validated
 from api.errors import ForbiddenError, InvalidRequestError, NotFoundError
 from api.paging import limit_of
 from api.services import JSONResponse, reached, services_of
+from shared.jobs import Status
 from shared.operations import AuditEntry, Operations, QueueState, WorkerState
 
 log = structlog.get_logger(__name__)
 
+RATE_OVER_MS = 60_000
 _STREAM_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 
@@ -115,10 +118,17 @@ def _is_stream_id(given: str) -> bool:
 
 
 async def _queue_object(request: Request) -> dict[str, Any]:
-    return queue_object(await reached(operations_of(request).queue))
+    state = await reached(operations_of(request).queue)
+    since_ms = state.now_ms - RATE_OVER_MS
+    shelves = await reached(lambda: services_of(request).index.counts(since_ms=since_ms))
+    by_status = dict.fromkeys(Status, 0)
+    for shelf, number in shelves.items():
+        by_status[shelf.status] += number
+    return queue_object(state, by_status)
 
 
-def queue_object(state: QueueState) -> dict[str, Any]:
+def queue_object(state: QueueState, last_minute: Mapping[Status, int]) -> dict[str, Any]:
+    """`last_minute`: the jobs that were accepted in it, by what has become of them."""
     return {
         "object": "queue",
         "claimable": state.claimable,
@@ -127,6 +137,8 @@ def queue_object(state: QueueState) -> dict[str, Any]:
         "oldest_wait_ms": None if state.oldest_ms is None else max(0, state.now_ms - state.oldest_ms),
         "workers": state.workers,
         "slots": state.slots,
+        "last_minute": {"accepted": sum(last_minute.values())}
+        | {status.value: number for status, number in last_minute.items()},
         "paused": None if state.paused_by is None else {"by": state.paused_by, "for_ms": state.paused_for_ms},
     }
 
@@ -144,6 +156,7 @@ def worker_object(state: WorkerState) -> dict[str, Any]:
         "last_beat_ms": state.last_beat_ms,
         "lease_ends_ms": state.lease_ends_ms,
         "draining": state.is_draining,
+        "load": round(len(state.jobs) / state.max_jobs, 3) if state.max_jobs else None,
         "jobs": state.jobs,
     }
 

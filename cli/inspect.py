@@ -385,6 +385,9 @@ def _print_queue(state: dict[str, Any], as_json: bool) -> None:
     _row(table, "claimable", str(state["claimable"]))
     _row(table, "waiting for a turn", str(state["waiting_for_a_turn"]))
     _row(table, "oldest wait", _duration(state["oldest_wait_ms"]))
+    latest = state["last_minute"]
+    ended = ", ".join(f"{latest[name]} {name}" for name in ("succeeded", "failed", "cancelled"))
+    _row(table, "in the last minute", f"{latest['accepted']} accepted, of these {ended}")
     paused = state["paused"]
     _row(table, "paused", f"by {paused['by']} for {_duration(paused['for_ms'])} more" if paused else "no")
     _print_table(table)

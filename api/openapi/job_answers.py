@@ -169,6 +169,10 @@ JOB_SCHEMAS: Final[dict[str, Schema]] = {
             "oldest_wait_ms": nullable(DURATION_MS),
             "workers": COUNT,
             "slots": COUNT,
+            "last_minute": said(
+                obj(dict.fromkeys(("accepted", *(status.value for status in Status)), COUNT)),
+                "The jobs that were accepted in the last minute, by what has become of them.",
+            ),
             "paused": nullable(obj({"by": STRING, "for_ms": COUNT})),
         }
     ),
@@ -185,6 +189,7 @@ JOB_SCHEMAS: Final[dict[str, Schema]] = {
             "last_beat_ms": INSTANT_MS,
             "lease_ends_ms": INSTANT_MS,
             "draining": BOOLEAN,
+            "load": nullable({"type": "number", "minimum": 0}),
             "jobs": array(STRING),
         }
     ),

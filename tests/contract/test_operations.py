@@ -54,6 +54,15 @@ def test_operators_see_the_queue_and_the_workers(own_service: Start, tmp_path: P
         queue = http.get("/v1/queue").json()
         assert (queue["running"], queue["slots"], queue["workers"], queue["paused"]) == (1, 1, 1, None)
         assert queue["oldest_wait_ms"] >= 0
+        assert queue["last_minute"] == {
+            "accepted": 2,
+            "queued": 1,
+            "running": 1,
+            "succeeded": 0,
+            "failed": 0,
+            "cancelled": 0,
+        }
+        assert http.get("/v1/workers").json()["data"][0]["load"] == 1
         assert http.post(f"/v1/jobs/{job_id}/cancel").status_code == 200
         stream.close()
         assert waiting.result().choices[0].message.content == "b"
