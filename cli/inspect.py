@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import click
 import httpx
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from cli.api_client import ApiClient, ApiUnreachable, Event, path_of
@@ -31,6 +32,8 @@ _STYLE = {"queued": "yellow", "running": "cyan", "succeeded": "green", "failed":
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 RECONNECTS, RECONNECT_S = 10, 0.5  # of a tail whose connection broke
 PAGE = 100
+ID_LENGTH = 41  # of a job
+WIDE = 200  # a table that goes into a file or a pipe
 
 
 class Instant(click.ParamType[int]):
@@ -116,7 +119,7 @@ def list_jobs(api: ApiClient, as_json: bool, limit: int, oldest_first: bool, que
     if as_json:
         _print_json({"object": "list", "data": found})
         return
-    table = Table("job", "status", "accepted", "wait", "first token", "run", "model", "error", box=None)
+    table = Table(_ids("job"), "status", "accepted", "wait", "first token", "run", "model", "error", box=None)
     for job in found:
         _row(
             table,
@@ -393,6 +396,11 @@ def _print_queue(state: dict[str, Any], as_json: bool) -> None:
     _print_table(table)
 
 
+def _ids(title: str) -> Column:
+    """A column of job ids: whole, however narrow the terminal is, since they are there to be copied."""
+    return Column(title, no_wrap=True, min_width=ID_LENGTH)
+
+
 def _row(table: Table, *cells: str | Text) -> None:
     """Adds cells, none of which is taken for markup."""
     table.add_row(*(cell if isinstance(cell, Text) else plain(cell) for cell in cells))
@@ -417,7 +425,7 @@ def _print_table(table: Table, nothing: str | None = None) -> None:
     if nothing:
         click.echo(nothing, err=True)
         return
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def _status(status: str) -> Text:
@@ -495,7 +503,7 @@ def _dashboard(seen: dict[str, Any]) -> Table:
         _row(fleet, worker["id"], worker["agent"], slots, _instant(worker["last_beat_ms"]), draining)
     page.add_row(fleet)
     for title in ("running", "latest"):
-        table = Table(title, "status", "accepted", "wait", "run", "error", box=None)
+        table = Table(_ids(title), "status", "accepted", "wait", "run", "error", box=None)
         for job in seen[title]:
             _row(
                 table,
