@@ -6,8 +6,7 @@ deleting, expiring or going on from an earlier one changes nothing of it (docs/d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -25,25 +24,13 @@ from api.errors import (
 from api.response_events import ended_response
 from api.response_objects import Echo, ResponseHead, is_response_id, job_of_item
 from api.response_request import Message, answer_message, without_files
-from api.services import services_of
+from api.services import reachable, services_of
 from api.stored import find_job
-from shared.connection import FAILURES, passes
 from shared.entries import Entry, ErrorMarker, OkMarker
 from shared.jobs import ErrorCode, JobKind, JobRecord, Status
 from shared.text import json_bytes
 
 MAX_REFERENCED = 200  # responses whose items one request may refer to; each is read from the beginning
-
-
-@contextmanager
-def reachable() -> Iterator[None]:
-    """Raises QueueUnreachableError where Redis does not answer."""
-    try:
-        yield
-    except FAILURES as error:
-        if not passes(error):
-            raise
-        raise QueueUnreachableError(may_have_started=False) from error
 
 
 async def stored_messages(request: Request, job: JobRecord) -> list[Message]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Any
 
 import structlog
 from starlette.background import BackgroundTask
@@ -17,10 +16,10 @@ from api.body import read_json
 from api.errors import ApiError, InvalidRequestError
 from api.jobs import cancel_job
 from api.once import is_from_sdk, once, patience_ms
+from api.paging import limit_of, newest_first, page_object
 from api.response_events import ResponseEncoder, ended_response
 from api.response_history import (
     messages_before,
-    reachable,
     referenced_items,
     stored_messages,
     stored_response,
@@ -35,7 +34,7 @@ from api.response_request import (
     submission,
     uploaded_files,
 )
-from api.services import services_of
+from api.services import JSONResponse, reachable, services_of
 from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
 from api.submit import check_uploaded, forget, submit
@@ -43,12 +42,10 @@ from api.system import check_model
 from api.webhook_request import webhook_target
 from shared.jobs import JobKind, new_job_id
 from shared.store import Deletion
-from shared.text import json_bytes
 
 log = structlog.get_logger(__name__)
 
 NOTHING_SEEN = -1  # events are counted from 0
-MAX_PAGE = 100
 DELETE_PATIENCE_S = 20.0  # longer than a cancelled job may keep its worker's slot
 DELETE_AGAIN_S = 0.05
 
@@ -85,10 +82,12 @@ async def create(request: Request) -> Response:
         return StreamedAnswer(answer, ResponseEncoder(head), background=delivered)
     if not asked.background:
         entries, ok = await answer.whole(request.receive)
-        return _json(ended_response(head, entries, ok), delivered)
+        return JSONResponse(ended_response(head, entries, ok), background=delivered)
     if accepted.is_new:
-        return _json(head.response("queued"), delivered)
-    return _json(await stored_response(request, await find_job(request, job_id=accepted.job_id)), delivered)
+        return JSONResponse(head.response("queued"), background=delivered)
+    return JSONResponse(
+        await stored_response(request, await find_job(request, job_id=accepted.job_id)), background=delivered
+    )
 
 
 async def _messages(request: Request, asked: ResponseRequest) -> tuple[Detached, list[Message]]:
@@ -122,7 +121,7 @@ async def retrieve(request: Request) -> Response:
     """
     job = await find_job(request, JobKind.RESPONSE)
     if not _flag(request, "stream"):
-        return _json(await stored_response(request, job))
+        return JSONResponse(await stored_response(request, job))
     after = starting_after(request, default=NOTHING_SEEN)
     encoder = ResponseEncoder(ResponseHead.of_record(job), starting_after=after)
     return StreamedAnswer(Answer(services_of(request), job.job_id), encoder, starting_after=after)
@@ -134,7 +133,7 @@ async def cancel(request: Request) -> Response:
     if not job.background:
         raise InvalidRequestError("Only a background response can be cancelled. Close the connection of another.")
     await cancel_job(request, job.job_id)
-    return _json(await stored_response(request, await find_job(request, JobKind.RESPONSE)))
+    return JSONResponse(await stored_response(request, await find_job(request, JobKind.RESPONSE)))
 
 
 async def delete(request: Request) -> Response:
@@ -148,7 +147,7 @@ async def delete(request: Request) -> Response:
             raise ApiError("The response is cancelled, but its agent has not stopped. Try again.", status=503)
         await asyncio.sleep(DELETE_AGAIN_S)
     log.info("response_deleted", job=job.job_id, tenant=job.tenant)
-    return _json({"id": job.job_id, "object": "response", "deleted": True})
+    return JSONResponse({"id": job.job_id, "object": "response", "deleted": True})
 
 
 async def _delete(request: Request, job_id: str) -> Deletion:
@@ -159,30 +158,17 @@ async def _delete(request: Request, job_id: str) -> Deletion:
 async def input_items_page(request: Request) -> Response:
     """`GET /v1/responses/{id}/input_items`: what the request itself brought, without the history behind it."""
     job = await find_job(request, JobKind.RESPONSE)
-    order, limit = request.query_params.get("order", "desc"), request.query_params.get("limit", "20")
-    if order not in ("asc", "desc"):
-        raise InvalidRequestError("order must be 'asc' or 'desc'.", param="order")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_PAGE):
-        raise InvalidRequestError(f"limit must be a whole number from 1 to {MAX_PAGE}.", param="limit")
+    limit, descending = limit_of(request), newest_first(request, default="desc")
     messages = await stored_messages(request, job)
     items = input_items(messages[Echo(**job.echo).before :], job.job_id)
-    if order == "desc":
+    if descending:
         items.reverse()
     if after := request.query_params.get("after"):
         places = [place for place, item in enumerate(items) if item["id"] == after]
         if not places:
             raise InvalidRequestError("after must be the id of an input item of this response.", param="after")
         items = items[places[0] + 1 :]
-    page = items[: int(limit)]
-    return _json(
-        {
-            "object": "list",
-            "data": page,
-            "first_id": page[0]["id"] if page else None,
-            "last_id": page[-1]["id"] if page else None,
-            "has_more": len(items) > len(page),
-        }
-    )
+    return JSONResponse(page_object(items[:limit], has_more=len(items) > limit))
 
 
 def _flag(request: Request, name: str) -> bool:
@@ -190,7 +176,3 @@ def _flag(request: Request, name: str) -> bool:
     if given not in ("true", "false"):
         raise InvalidRequestError(f"{name} must be 'true' or 'false'.", param=name)
     return given == "true"
-
-
-def _json(value: dict[str, Any], background: BackgroundTask | None = None) -> Response:
-    return Response(json_bytes(value), media_type="application/json", background=background)

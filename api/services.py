@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,11 +48,18 @@ def services_of(request: Request) -> Services:
     return services
 
 
-async def reached(call: Callable[[], Awaitable[T]]) -> T:
-    """What Redis answers to a call that changes nothing twice. Raises QueueUnreachableError."""
+@contextmanager
+def reachable() -> Iterator[None]:
+    """Raises QueueUnreachableError where Redis does not answer; nothing of it may start a job."""
     try:
-        return await call()
+        yield
     except FAILURES as error:
         if not passes(error):
             raise
         raise QueueUnreachableError(may_have_started=False) from error
+
+
+async def reached(call: Callable[[], Awaitable[T]]) -> T:
+    """The same around one call; returns what Redis answers."""
+    with reachable():
+        return await call()

@@ -10,8 +10,6 @@ Rule 3: a completion that was not to be stored does not exist here, nor does ano
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import structlog
@@ -28,17 +26,14 @@ from api.errors import (
     JobFailedError,
     NotFinishedError,
     NotFoundError,
-    QueueUnreachableError,
 )
 from api.paging import limit_of, newest_first, page_object
-from api.services import services_of
+from api.services import JSONResponse, reachable, services_of
 from api.sse import CANNOT_BE_READ
 from api.stored import find_job
-from shared.connection import FAILURES, passes
 from shared.index import JobFilter, Place
 from shared.jobs import JobKind, JobRecord, Status
 from shared.store import Deletion
-from shared.text import json_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +44,7 @@ _MESSAGE_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 async def retrieve(request: Request) -> Response:
     """`GET /v1/chat/completions/{id}`."""
     whole, _ = await _completion(request, await _find(request))
-    return _json(whole)
+    return JSONResponse(whole)
 
 
 async def list_page(request: Request) -> Response:
@@ -71,7 +66,7 @@ async def list_page(request: Request) -> Response:
     rows: list[dict[str, Any]] = []
     row_bytes, has_more = 0, True
     while has_more and not rows:  # an empty page ends a list, so there is none as long as there is more
-        with _reachable():
+        with reachable():
             page = await services.index.page(asked, after=place, limit=limit, newest_first=descending)
         place, has_more = page.next, page.next is not None
         for number, job in enumerate(page.jobs, start=1):
@@ -85,7 +80,7 @@ async def list_page(request: Request) -> Response:
             if row_bytes > services.settings.max_answer_bytes:
                 has_more = has_more or number < len(page.jobs)
                 break
-    return _json(page_object(rows, has_more=has_more))
+    return JSONResponse(page_object(rows, has_more=has_more))
 
 
 async def update(request: Request) -> Response:
@@ -94,24 +89,24 @@ async def update(request: Request) -> Response:
     metadata = parse_completion_update(await read_json(request, services.settings.max_body_bytes))
     job = await _find(request)
     whole, _ = await _completion(request, job)
-    with _reachable():
+    with reachable():
         if not await services.index.describe(job.job_id, metadata):
             raise _not_found(job.job_id)
-    return _json(whole | {"metadata": metadata})
+    return JSONResponse(whole | {"metadata": metadata})
 
 
 async def delete(request: Request) -> Response:
     """`DELETE /v1/chat/completions/{id}`: the job with all that it said, however it has ended."""
     job = await _find(request)
     _check_finished(job)
-    with _reachable():
+    with reachable():
         deletion = await services_of(request).store.delete(job.job_id)
     if deletion is Deletion.GONE:
         raise _not_found(job.job_id)
     if deletion is Deletion.UNFINISHED:
         raise NotFinishedError("The agent has not stopped yet. Try again in some seconds.")
     log.info("completion_deleted", job=job.job_id)
-    return _json({"id": job.job_id, "object": "chat.completion.deleted", "deleted": True})
+    return JSONResponse({"id": job.job_id, "object": "chat.completion.deleted", "deleted": True})
 
 
 async def list_messages(request: Request) -> Response:
@@ -119,7 +114,7 @@ async def list_messages(request: Request) -> Response:
     limit, descending = limit_of(request), newest_first(request, default="asc")
     job = await _find(request)
     _check_succeeded(job)
-    with _reachable():
+    with reachable():
         stored = await services_of(request).store.request(job.job_id)
     if stored is None:
         raise GoneError("The messages of this chat completion have expired.", code="request_expired")
@@ -128,7 +123,7 @@ async def list_messages(request: Request) -> Response:
         rows.reverse()
     if "after" in request.query_params:
         rows = rows[_row_behind(request.query_params["after"], job.job_id, len(rows), descending=descending) :]
-    return _json(page_object(rows[:limit], has_more=len(rows) > limit))
+    return JSONResponse(page_object(rows[:limit], has_more=len(rows) > limit))
 
 
 async def _find(request: Request, after: str | None = None) -> JobRecord:
@@ -144,7 +139,7 @@ async def _place(request: Request, after: str) -> Place:
     try:
         return Place.of(await _find(request, after))
     except NotFoundError:
-        with _reachable():
+        with reachable():
             place = await services_of(request).index.place_of_deleted(request.scope["tenant"], after)
         if place is None:
             raise
@@ -224,17 +219,3 @@ def _row_behind(after: str, job_id: str, count: int, *, descending: bool) -> int
     if number == after or not _MESSAGE_NUMBER.fullmatch(number) or int(number) >= count:
         raise NotFoundError(f"No such message: {after[:100]!r}", param="after")
     return count - int(number) if descending else int(number) + 1
-
-
-def _json(value: dict[str, Any]) -> Response:
-    return Response(json_bytes(value), media_type="application/json")
-
-
-@contextmanager
-def _reachable() -> Iterator[None]:
-    try:
-        yield
-    except FAILURES as error:
-        if not passes(error):
-            raise
-        raise QueueUnreachableError(may_have_started=False) from error
