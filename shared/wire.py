@@ -65,13 +65,23 @@ class Wire(asyncio.Protocol):
         )
         self._received_at = self._loop.time()
         self._lost: Exception | None = None
+        self._unsent: list[bytes] = []
         self._look = self._loop.call_later(LOOK_S, self._look_again)
         transport.set_protocol(self)
 
     def write(self, commands: bytes) -> None:
-        """Sends commands. Does not wait, and does not fail: who waits for what follows is told."""
+        """Sends commands with all others of this turn of the event loop.
+
+        Does not wait, and does not fail: who waits for what follows is told.
+        """
+        if not self._unsent:
+            self._loop.call_soon(self._send)
+        self._unsent.append(commands)
+
+    def _send(self) -> None:
         if self._lost is None:
-            self._transport.write(commands)
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def break_off(self, error: Exception) -> None:
         """Ends it; whoever waits on it gets this error, unless another one came first."""
@@ -147,7 +157,7 @@ class CallWire(Wire):
             self._received_at = self._loop.time()
         answered: asyncio.Future[list[Any]] = self._loop.create_future()
         self._calls.append((answered, replies))
-        self._transport.write(commands)
+        self.write(commands)
         return await answered
 
     def heard(self, reply: Any) -> None:
