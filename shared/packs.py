@@ -14,11 +14,10 @@ docs/protocol.md is the specification.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from shared.entries import Entry, EntryId, Kind, UnreadableEntryError, entry_from_fields
+from shared.entries import BEGINNING, Entry, EntryId, Kind, UnreadableEntryError, entry_from_fields
 
 PACK = "pack"  # the field name of a row that is a pack; no entry's kind
 PACK_ENTRIES = 256  # the most that one pack holds
@@ -39,59 +38,80 @@ class Row(NamedTuple):
     payload: bytes
 
 
+class _Run(NamedTuple):
+    """Neighbours of one kind in what becomes a pack."""
+
+    kind: Kind
+    lengths: list[int]
+    payloads: list[bytes]
+
+
 class Packer:
-    """Makes rows of the entries of a stream, a page at a time, in their order."""
+    """Makes rows of the entries of a stream, in their order, as they come."""
 
     def __init__(self) -> None:
-        self._open: list[Entry] = []  # what the next pack holds so far
-        self._open_bytes = 0
+        self._rows: list[Row] = []  # complete, and not taken yet
+        self._open: list[_Run] = []  # what the next pack holds so far
+        self._open_entries = self._open_bytes = 0
+        self._last = BEGINNING  # the id of the last entry in it
 
-    def add(self, entries: Iterable[Entry]) -> list[Row]:
-        """The rows that these entries complete."""
-        rows: list[Row] = []
-        for entry in entries:
-            if not self._takes(entry):
-                rows += self.rest()
-            if entry.kind in _CODES:
-                self._open.append(entry)
-                self._open_bytes += len(entry.payload)
-            else:
-                rows.append(Row(entry.id, entry.kind.value, entry.payload))
+    def add(self, entry: Entry) -> None:
+        """The next entry of the stream."""
+        entry_id, kind, payload = entry
+        size = len(payload)
+        if self._open_entries and not (
+            self._open_entries < PACK_ENTRIES
+            and self._open_bytes + size <= PACK_BYTES
+            and entry_id == (self._last.attempt, self._last.sequence + 1)
+            and kind in _CODES
+        ):
+            self._close()
+        if kind not in _CODES:
+            self._rows.append(Row(entry_id, kind.value, payload))
+            return
+        if not self._open or self._open[-1].kind is not kind:
+            self._open.append(_Run(kind, [], []))
+        run = self._open[-1]
+        run.lengths.append(size)
+        run.payloads.append(payload)
+        self._open_entries += 1
+        self._open_bytes += size
+        self._last = entry_id
+
+    def rows(self) -> list[Row]:
+        """Those that have become complete since the last call."""
+        rows, self._rows = self._rows, []
         return rows
 
-    def rest(self) -> list[Row]:
-        """The last row, if there is one that waits for more."""
-        entries, self._open, self._open_bytes = self._open, [], 0
-        if len(entries) > 1:
-            return [Row(entries[-1].id, PACK, pack(entries))]
-        return [Row(entry.id, entry.kind.value, entry.payload) for entry in entries]
+    def all_rows(self) -> list[Row]:
+        """The same, and the last one as it is."""
+        self._close()
+        return self.rows()
 
-    def _takes(self, entry: Entry) -> bool:
-        """Whether an entry may join what is open."""
-        if not self._open:
-            return True
-        attempt, sequence = self._open[-1].id
-        return (
-            entry.kind in _CODES
-            and entry.id == (attempt, sequence + 1)
-            and len(self._open) < PACK_ENTRIES
-            and self._open_bytes + len(entry.payload) <= PACK_BYTES
-        )
+    def _close(self) -> None:
+        """What is open becomes a row."""
+        if self._open_entries > 1:
+            self._rows.append(Row(self._last, PACK, _pack(self._open)))
+        elif self._open_entries:
+            (run,) = self._open
+            self._rows.append(Row(self._last, run.kind.value, run.payloads[0]))
+        self._open = []
+        self._open_entries = self._open_bytes = 0
 
 
-def pack(entries: Sequence[Entry]) -> bytes:
-    """The payload of a pack of these entries, whose ids follow one another. No opening and no marker is among them."""
-    table = bytearray()
-    runs = 0
-    for kind, group in groupby(entries, key=lambda entry: entry.kind):
-        lengths = [len(entry.payload) for entry in group]
-        runs += 1
-        table.append(_CODES[kind])
-        for number in (len(lengths), *lengths):
-            _write(table, number)
-    head = bytearray([_VERSION])
-    _write(head, runs)
-    return b"".join((head, table, *(entry.payload for entry in entries)))
+def _pack(runs: Sequence[_Run]) -> bytes:
+    """The payload of a pack."""
+    table = bytearray([_VERSION])
+    _write(table, len(runs))
+    for run in runs:
+        table.append(_CODES[run.kind])
+        _write(table, len(run.lengths))
+        if max(run.lengths) <= 0x7F:
+            table += bytes(run.lengths)
+        else:
+            for length in run.lengths:
+                _write(table, length)
+    return b"".join((table, *(payload for run in runs for payload in run.payloads)))
 
 
 def unpack(last: EntryId, payload: bytes) -> list[Entry]:

@@ -1,14 +1,17 @@
 """Packs the streams of jobs that have ended, so that they take little memory until they expire.
 
-Rule 1: nobody waits for it. It begins when a job has been released, packs one job at a time, and is dropped at once
-        when the worker stops: a stream that was not packed is as good as one that was, only larger.
+Rule 1: nobody waits for it. It begins when a job has been released, and is dropped at once when the worker stops: a
+        stream that was not packed is as good as one that was, only larger.
 Rule 2: a stream changes in one step and only as a whole, or stays as it is. Its entries never change (shared/packs.py).
-Rule 3: what fails is logged and not tried again.
+Rule 3: what the attempt has kept of a short stream is packed as it is, many jobs at a time; any other stream is read
+        once more, one job at a time.
+Rule 4: what fails is logged and not tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from types import TracebackType
 
 import structlog
@@ -22,6 +25,7 @@ from shared.tasks import end_task
 
 log = structlog.get_logger(__name__)
 
+BATCH_JOBS = 16  # whose kept rows are brought at a time
 MAX_WAITING = 1000  # jobs; a worker that ends them faster than it packs them leaves the newest as they are
 FIRST_ROWS = 32  # read at first: they may be large
 PAGE_ROWS = 256  # read at a time then, so that the event loop is soon free for those that run
@@ -31,13 +35,16 @@ SLACK_BYTES = 2048  # what it keeps free behind the last one, on average
 LEAST_GAIN = 0.1  # of the payload; where less is to be gained, the stream is left alone
 
 
+_Waiting = tuple[Claim, list[Row] | None]
+
+
 class Compactor:
     """The one that packs for a worker; an async context manager that owns its task."""
 
     def __init__(self, store: JobStore, worker_id: str) -> None:
         self._store = store
         self._worker_id = worker_id
-        self._waiting: asyncio.Queue[Claim] = asyncio.Queue(MAX_WAITING)
+        self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue(MAX_WAITING)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Compactor:
@@ -48,24 +55,45 @@ class Compactor:
         if self._task is not None:
             await end_task(self._task)
 
-    def offer(self, claim: Claim) -> None:
-        """This attempt has been released. Returns at once."""
+    def offer(self, claim: Claim, rows: list[Row] | None = None) -> None:
+        """This attempt has been released. Returns at once.
+
+        `rows`: what its stream is to become; None if it has to be read for that.
+        """
         try:
-            self._waiting.put_nowait(claim)
+            self._waiting.put_nowait((claim, rows))
         except asyncio.QueueFull:
             log.info("job_not_compacted", job=claim.job_id, reason="too many wait")
 
     async def _compact_forever(self) -> None:
         while True:
-            claim = await self._waiting.get()
-            try:
-                await self.compact(claim)
-            except (*FAILURES, UnreadableEntryError) as error:
-                log.warning("job_not_compacted", job=claim.job_id, reason=str(error))
-                if passes(error):
-                    await asyncio.sleep(LAST_RETRY_S)
-            except Exception:
-                log.exception("compactor_broken", job=claim.job_id)
+            batch = [await self._waiting.get()]
+            while not self._waiting.empty() and len(batch) < BATCH_JOBS:
+                batch.append(self._waiting.get_nowait())
+            await asyncio.gather(
+                *(self._try(claim, self.put(claim, rows)) for claim, rows in batch if rows is not None)
+            )
+            for claim, rows in batch:
+                if rows is None:
+                    await self._try(claim, self.compact(claim))
+
+    async def _try(self, claim: Claim, work: Awaitable[bool]) -> None:
+        try:
+            await work
+        except (*FAILURES, UnreadableEntryError) as error:
+            log.warning("job_not_compacted", job=claim.job_id, reason=str(error))
+            if passes(error):
+                await asyncio.sleep(LAST_RETRY_S)
+        except Exception:
+            log.exception("compactor_broken", job=claim.job_id)
+
+    async def put(self, claim: Claim, rows: list[Row]) -> bool:
+        """Puts rows in the place of the stream of a job that has ended. False if it stays as it is. Raises FAILURES."""
+        last = rows[-1].id
+        length = last.sequence + 1  # of the first attempt, from its opening to its marker
+        if not _pays(length - len(rows), sum(len(row.payload) for row in rows)):
+            return False
+        return await self._store.compact(claim, self._worker_id, rows, before=0, replaces=(length, last))
 
     async def compact(self, claim: Claim) -> bool:
         """Packs the stream of a job that has ended. False if it stays as it is.
@@ -83,11 +111,12 @@ class Compactor:
             cursor, more = page.entries[-1].id, page.more and not page.entries[-1].is_marker
             length += page.rows
             payload_bytes += sum(len(entry.payload) for entry in page.entries)
-            rows += packer.add(page.entries)
+            for entry in page.entries:
+                packer.add(entry)
+            rows += packer.rows() if more else packer.all_rows()
             if not more:
                 if not page.entries[-1].is_marker:
                     return False  # something of it is gone: readers are to find out
-                rows += packer.rest()
             elif sum(len(row.payload) for row in rows) < BATCH_BYTES:
                 continue
             if not brought and not _pays(length - len(rows), payload_bytes):

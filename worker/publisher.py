@@ -24,6 +24,7 @@ from shared import metrics, scripts, timing
 from shared.connection import FAILURES, FIRST_RETRY_S, LAST_RETRY_S, passes
 from shared.entries import Entry, EntryId, Kind, Tally, entry_to_message, merge
 from shared.jobs import Status
+from shared.packs import Packer, Row
 from shared.store import Claim, Ending, JobStore
 from shared.tasks import end_task
 from shared.wire import Line, command
@@ -31,6 +32,8 @@ from shared.wire import Line, command
 log = structlog.get_logger(__name__)
 
 HIGH_WATER_BYTES = 64 * 1024  # an attempt with more than this unsent has to wait before it says more
+_STORED = {bytes}  # what Redis answers to appends that it has taken: ids
+KEPT_BYTES = 64 * 1024  # of what an attempt has said that it keeps, to pack its stream without reading it again
 
 
 class Loss(StrEnum):
@@ -70,15 +73,21 @@ class AttemptLog:
         self._publisher = publisher
         self._on_lost = on_lost
         self._commands = publisher.commands_for(claim)
+        self._packer: Packer | None = None
+        if claim.attempt == 1:  # of a later one, the stream holds what others wrote
+            self._packer = Packer()
+            self._packer.add(publisher.opening_of(claim))
         self._tally = Tally()
         self._said: list[tuple[Kind, bytes]] = []  # not yet entries
         self._unsent: list[Entry] = []  # numbered; on their way or waiting for a retry
         self._confirmed = EntryId(claim.attempt, 0)  # Redis has had everything up to here
         self._finish: _Finish | None = None
-        self._finished = False
+        self._finished = self._has_ended_job = False
         self._began_at = time.monotonic()
         self._offsets_ms = array("I")  # when each entry was numbered, since then
+        self._kept_bytes = 0
         self._bytes_waiting = 0
+        self.must_wait = False  # whether to wait for `flushed` before more is said
         self._flushed = asyncio.Event()
         self._flushed.set()
 
@@ -91,14 +100,16 @@ class AttemptLog:
         """Says something. Raises AttemptLostError if the attempt may say no more."""
         if self.loss is not None or self._finished:
             raise AttemptLostError(self.loss or Loss.FINISHED)
+        if not self._said:
+            self._flushed.clear()
+            self._publisher.notice(self)
         self._said.append((kind, payload))
         self._bytes_waiting += len(payload)
-        self._flushed.clear()
-        self._publisher.notice(self)
+        self.must_wait = self._bytes_waiting > HIGH_WATER_BYTES
 
-    @property
-    def must_wait(self) -> bool:
-        return self._bytes_waiting > HIGH_WATER_BYTES
+    def packed_rows(self) -> list[Row] | None:
+        """The rows of the packed stream, if this attempt has ended its job; None if not all of them were kept."""
+        return self._packer.all_rows() if self._packer is not None and self._has_ended_job else None
 
     async def flushed(self) -> None:
         """Returns once Redis has everything said so far. Raises AttemptLostError."""
@@ -137,13 +148,24 @@ class AttemptLog:
     def _number_entries(self) -> None:
         if not self._said:
             return
+        said, self._said = self._said, []
         offset_ms = int((time.monotonic() - self._began_at) * 1000)
-        for kind, payload in merge(self._said):
-            self._tally.add(kind, payload)
-            self._unsent.append(Entry(EntryId(self.claim.attempt, self._tally.count), kind, payload))
+        attempt, tally, packer = self.claim.attempt, self._tally, self._packer
+        numbered = []
+        for kind, payload in merge(said):
+            tally.add(kind, payload)
+            entry = Entry(EntryId(attempt, tally.count), kind, payload)
+            numbered.append(entry)
+            if packer is not None:
+                packer.add(entry)
             if len(self._offsets_ms) < timing.MAX_ENTRIES:
                 self._offsets_ms.append(offset_ms)
-        self._said.clear()
+        if packer is not None:
+            self._kept_bytes += sum([len(payload) for _, payload in said])
+            if self._kept_bytes > KEPT_BYTES:
+                self._packer = None
+        # A new list: the one before may be on its way.
+        self._unsent = self._unsent + numbered if self._unsent else numbered
 
     def timing(self) -> bytes:
         """When its entries were said, as it is kept."""
@@ -175,14 +197,14 @@ class AttemptLog:
     def landed(self, last: EntryId) -> None:
         """Redis has every entry up to `last`."""
         self._confirmed = max(self._confirmed, last)
-        if self._unsent and self._unsent[-1].id <= last:
-            self._unsent = []
+        self._unsent = [entry for entry in self._unsent if entry.id > last]
+        if self._unsent or self._said:
+            waiting = sum([len(entry.payload) for entry in self._unsent])
+            self._bytes_waiting = waiting + sum([len(payload) for _, payload in self._said])
         else:
-            self._unsent = [entry for entry in self._unsent if entry.id > last]
-        self._bytes_waiting = sum([len(entry.payload) for entry in self._unsent])
-        self._bytes_waiting += sum([len(payload) for _, payload in self._said])
-        if not self._unsent and not self._said:
+            self._bytes_waiting = 0
             self._flushed.set()
+        self.must_wait = self._bytes_waiting > HIGH_WATER_BYTES
 
     def may_go_on_behind(self, last: EntryId) -> bool:
         """Whether a stream that ends with `last` is this attempt's own: nothing is lost, nothing a stranger's."""
@@ -191,8 +213,12 @@ class AttemptLog:
 
     def ended(self, ending: Ending) -> None:
         """Redis has answered for the marker."""
-        if self._finish is not None and not self._finish.ending.done():
-            self._finish.ending.set_result(ending)
+        if self._finish is not None:
+            if ending is Ending.DONE and self._packer is not None:
+                self._packer.add(self._finish.marker)
+                self._has_ended_job = True
+            if not self._finish.ending.done():
+                self._finish.ending.set_result(ending)
         self._finish = None
 
     def lose(self, loss: Loss) -> None:
@@ -200,9 +226,9 @@ class AttemptLog:
         if self.loss is not None:
             return
         self.loss = loss
-        self._said.clear()
-        self._unsent.clear()
+        self._said, self._unsent, self._packer = [], [], None
         self._bytes_waiting = 0
+        self.must_wait = False
         self._flushed.set()
         self.ended(Ending.GONE if loss is Loss.EXPIRED else Ending.FENCED)
         self._on_lost(loss)
@@ -242,6 +268,10 @@ class Publisher:
         return (
             append.replace(b"%", b"%%") + b"$%d\r\n%b\r\n" * 3 + publish.replace(b"%", b"%%") + b"$%d\r\n%b %b %b\r\n"
         )
+
+    def opening_of(self, claim: Claim) -> Entry:
+        """The entry that opens the attempt, as the claim has written it."""
+        return Entry(EntryId(claim.attempt, 0), Kind.OPEN, self._worker_id.encode())
 
     def notice(self, attempt: AttemptLog) -> None:
         """This attempt has something to send."""
@@ -292,46 +322,63 @@ class Publisher:
         """
         sent: list[tuple[AttemptLog, list[Entry], _Finish | None]] = []
         commands: list[bytes] = []
-        replies = 0
+        replies = count = size = 0
         for attempt in attempts:
             entries, finish = attempt.take()
-            entries = list(entries)
             sent.append((attempt, entries, finish))
-            commands += [attempt.append_and_publish(entry) for entry in entries]
-            replies += 2 * len(entries)
+            for entry in entries:
+                commands.append(attempt.append_and_publish(entry))
+                size += len(entry.payload)
+            count += len(entries)
             if finish is not None:
                 commands.append(self._finish_command(attempt, finish))
                 replies += 1
-        answers = iter(await self._call(commands, replies))
+        answers = await self._call(commands, 2 * count + replies)
 
         again: list[AttemptLog] = []
+        at = 0
         for attempt, entries, finish in sent:
-            # An append and its publication answer one each. A refused append may have been refused for being there.
-            stored = [(next(answers), next(answers))[0] for _ in entries]
-            ending = next(answers) if finish is not None else None
-            refused = next((r for r in stored if isinstance(r, Exception)), None)
-            if refused is not None and (passes(refused) or not asked or _came_too_late(refused)):
+            # An append and its publication answer one each.
+            behind = at + 2 * len(entries)
+            stored, ending = answers[at:behind:2], None
+            at = behind
+            if finish is not None:
+                ending = answers[at]
+                at += 1
+            if finish is None and set(map(type, stored)) == _STORED:
+                attempt.landed(entries[-1].id)
+            elif not await self._settle(attempt, entries, stored, ending, asked=asked):
                 again.append(attempt)
-            elif refused is not None:
-                log.error("entry_refused", job=attempt.claim.job_id, reason=str(refused))
-                attempt.lose(Loss.REFUSED)
-            elif None in stored:  # NOMKSTREAM
-                attempt.lose(Loss.EXPIRED)
-            elif isinstance(ending, NoScriptError):  # Redis was restarted, or its scripts were flushed
-                await self._store.redis.script_load(scripts.source("finish"))
-                again.append(attempt)
-            elif isinstance(ending, Exception) and passes(ending):
-                again.append(attempt)
-            elif isinstance(ending, Exception):
-                log.error("marker_refused", job=attempt.claim.job_id, reason=str(ending))
-                attempt.lose(Loss.REFUSED)
-            else:
-                if entries:
-                    attempt.landed(entries[-1].id)
-                if ending is not None:
-                    attempt.ended(Ending(ending.decode()))
-        metrics.flushed(sent)
+        metrics.flushed(count, size)
         return again
+
+    async def _settle(
+        self, attempt: AttemptLog, entries: list[Entry], stored: list[Any], ending: Any, *, asked: bool
+    ) -> bool:
+        """Tells an attempt what Redis has answered to its entries and its marker. False: send them again."""
+        # A refused append may have been refused for being there.
+        refused = next((answer for answer in stored if isinstance(answer, Exception)), None)
+        if refused is not None and (passes(refused) or not asked or _came_too_late(refused)):
+            return False
+        if refused is not None:
+            log.error("entry_refused", job=attempt.claim.job_id, reason=str(refused))
+            attempt.lose(Loss.REFUSED)
+        elif None in stored:  # NOMKSTREAM
+            attempt.lose(Loss.EXPIRED)
+        elif isinstance(ending, NoScriptError):  # Redis was restarted, or its scripts were flushed
+            await self._store.redis.script_load(scripts.source("finish"))
+            return False
+        elif isinstance(ending, Exception) and passes(ending):
+            return False
+        elif isinstance(ending, Exception):
+            log.error("marker_refused", job=attempt.claim.job_id, reason=str(ending))
+            attempt.lose(Loss.REFUSED)
+        else:
+            if entries:
+                attempt.landed(entries[-1].id)
+            if ending is not None:
+                attempt.ended(Ending(ending.decode()))
+        return True
 
     async def _ask_what_landed(self, attempts: list[AttemptLog]) -> None:
         """After a refusal, or an answer that never came: what is in Redis already must not be sent twice.

@@ -235,7 +235,7 @@ class QueueWorker(Worker):
         self.runs[claim.job_id] = run
         task = self.loop.create_task(self._deliver(run, earlier))
         task.add_done_callback(lambda _: self._changed.set())
-        task.add_done_callback(lambda _: self.compactor.offer(claim))
+        task.add_done_callback(lambda _: self.compactor.offer(claim, run.packed_rows()))
         self.tasks[claim.job_id] = task
 
     async def _deliver(self, run: Run, earlier: asyncio.Task[Any] | None) -> None:

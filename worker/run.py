@@ -21,6 +21,7 @@ from shared.connection import insist
 from shared.entries import ErrorMarker, Kind, OkMarker, Tally, Usage
 from shared.files import FileStore
 from shared.jobs import ErrorCode, Status, session_key
+from shared.packs import Row
 from shared.store import Claim, Ending, JobStore
 from shared.text import json_bytes, parse_json, text_bytes
 from worker.agents.contract import Agent, AgentError, FinishReason, Outcome, ToolStatus, Turn
@@ -30,6 +31,7 @@ from worker.publisher import AttemptLog, AttemptLostError, Loss, Publisher
 
 log = structlog.get_logger(__name__)
 
+_DELTA = Kind.DELTA  # looking a member up costs more than comparing it
 CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
 ABANDON_S = 10.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
 TRACEBACK_CHARACTERS = 16_000  # of an agent's failure, for operators: the end of it, where the error is
@@ -83,7 +85,9 @@ class StreamVoice:
     async def text(self, fragment: str) -> None:
         if fragment:
             self.said_text = True
-            await self._say(Kind.DELTA, text_bytes(fragment))
+            self._append(_DELTA, text_bytes(fragment))
+            if self._attempt.must_wait:  # as `_say`, without one more coroutine for each token
+                await self._flushed()
 
     async def reasoning(self, fragment: str) -> None:
         if fragment:
@@ -99,7 +103,7 @@ class StreamVoice:
     ) -> None:
         self._count_tool(status)
         event = {"name": name, "status": status, "call_id": call_id, "detail": detail}
-        await self._say(Kind.TOOL, json_bytes(event))
+        self._append(Kind.TOOL, json_bytes(event))
         await self._flushed()
 
     def _count_tool(self, status: ToolStatus) -> None:
@@ -114,6 +118,11 @@ class StreamVoice:
                 self.tools_s += time.monotonic() - self._tools_since
 
     async def _say(self, kind: Kind, payload: bytes) -> None:
+        self._append(kind, payload)
+        if self._attempt.must_wait:
+            await self._flushed()
+
+    def _append(self, kind: Kind, payload: bytes) -> None:
         self.last_said_at = self.last_word_at = time.monotonic()
         if self.first_said_at is None:
             self.first_said_at = self.last_said_at
@@ -121,8 +130,6 @@ class StreamVoice:
         if self._bytes_left < 0:
             raise AgentError("The answer is longer than this deployment allows.")
         self._attempt.append(kind, payload)
-        if self._attempt.must_wait:
-            await self._flushed()
 
     async def _flushed(self) -> None:
         """Waits for Redis; that wait is not the agent's silence."""
@@ -173,6 +180,10 @@ class Run:
             return None
         silent_s = 0 if self._agent_task.done() else self._voice.silent_for_s()
         return self._settings.idle_timeout_s + CLEAN_UP_S - silent_s
+
+    def packed_rows(self) -> list[Row] | None:
+        """What the stream of the job that has ended is to become; None if it has to be read for that."""
+        return self._attempt.packed_rows()
 
     def stop(self, reason: Stop) -> None:
         """Ends the run; the first reason counts. A job that ended outside is left as it is."""

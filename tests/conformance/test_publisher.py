@@ -21,7 +21,8 @@ from shared.wire import CallWire, command
 from tests.conftest import Backend, MakeStore
 from tests.jobs import Attempt, WorkerSteps, a_worker, entries_of, record_of, status_of, submitted
 from tests.waiting import async_wait_until
-from worker.publisher import HIGH_WATER_BYTES, AttemptLog, AttemptLostError, Loss, Publisher
+from worker.compactor import Compactor
+from worker.publisher import HIGH_WATER_BYTES, KEPT_BYTES, AttemptLog, AttemptLostError, Loss, Publisher
 
 pytestmark = pytest.mark.parametrize("backend", ["valkey"], indirect=True)
 
@@ -236,6 +237,70 @@ async def test_many_attempts_share_a_flush(store: JobStore, publisher: Publisher
     assert len(calls.sent) == 1
     for attempt in attempts:
         assert await said_in(store, attempt.job_id) == [(Kind.DELTA, attempt.job_id.encode())]
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", ["well", "in an error", "well, after a break"])
+async def test_an_ended_stream_is_packed_from_what_its_attempt_has_kept(
+    store: JobStore, spoken: Spoken, calls: Calls, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    for number in range(300):
+        spoken.say(b"%d " % number, kind=(Kind.REASONING, Kind.DELTA)[number % 2])
+    await spoken.log.flushed()
+    if ends == "well, after a break":
+        calls.plan = ["after"]
+    assert await (spoken.finish_error() if ends == "in an error" else spoken.finish_ok()) is Ending.DONE
+    before = await entries_of(store, spoken.job_id)
+    rows = spoken.log.packed_rows()
+    assert rows is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "read_after", None)  # it is not needed
+        assert await Compactor(store, WORKER).put(spoken.log.claim, rows)
+    assert await entries_of(store, spoken.job_id) == before
+    assert await store.redis.xlen(store.keys.stream(spoken.job_id)) == len(rows) == 4
+
+
+async def test_what_is_kept_is_put_only_in_the_place_of_what_it_was(store: JobStore, spoken: Spoken) -> None:
+    spoken.say(*[b"a"] * 10)
+    assert await spoken.finish_ok() is Ending.DONE
+    rows = spoken.log.packed_rows()
+    assert rows is not None
+    stream = store.keys.stream(spoken.job_id)
+    await store.redis.xadd(stream, {"gossip": "x"}, id="9-9")
+    before = await store.redis.xrange(stream)
+    assert not await Compactor(store, WORKER).put(spoken.log.claim, rows)
+    assert await store.redis.xrange(stream) == before
+
+
+async def test_of_a_long_answer_nothing_is_kept(spoken: Spoken) -> None:
+    for _ in range(5):
+        spoken.say(b"x" * (KEPT_BYTES // 4))
+        await spoken.log.flushed()
+    assert await spoken.finish_ok() is Ending.DONE
+    assert spoken.log.packed_rows() is None
+
+
+async def test_before_its_job_has_ended_an_attempt_has_no_rows(store: JobStore, spoken: Spoken) -> None:
+    spoken.say(b"a")
+    await spoken.log.flushed()
+    assert spoken.log.packed_rows() is None
+    await store.cancel(spoken.job_id, "Enough.")
+    assert await spoken.finish_ok() is Ending.FENCED
+    assert spoken.log.packed_rows() is None
+
+
+async def test_a_later_attempt_keeps_nothing(store: JobStore, publisher: Publisher) -> None:
+    await submitted(store)
+    await (await a_worker(store, "lost")).claim_one()
+    await WorkerSteps(store, "lost").lapse()
+    await store.sweep()
+    spoken = Spoken(publisher, (await (await a_worker(store, WORKER)).claim_one()).claim)
+    assert spoken.log.claim.attempt == 2
+    spoken.say(b"a")
+    assert await spoken.finish_ok() is Ending.DONE
+    assert spoken.log.packed_rows() is None
 
 
 # -- finishing ---------------------------------------------------------------------------------------------------------

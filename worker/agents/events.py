@@ -97,7 +97,9 @@ class EventsAgent:
             async for event in events:
                 if done is not None:
                     raise TypeError(f"{type(event).__name__} after Done")
-                if isinstance(event, Done):
+                if type(event) is str:  # the commonest by far: without a coroutine to choose
+                    await voice.text(event)
+                elif isinstance(event, Done):
                     done = event
                 else:
                     await say(event, voice)
