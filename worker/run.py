@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from traceback import format_exception
 from typing import Any, TypedDict, get_args
@@ -166,7 +167,7 @@ class Run:
         self._stop: Stop | None = None
         self._voice: StreamVoice | None = None
         self._agent_task: asyncio.Task[Outcome] | None = None
-        self._stopped = asyncio.Event()
+        self._woken = asyncio.Event()  # the agent has ended, or is to end
         self._attempt = publisher.open(claim, self._on_lost)
         self._observation = Observation(claim, agent.name)
         self._log = log.bind(job=claim.job_id, attempt=claim.attempt)
@@ -189,7 +190,7 @@ class Run:
         """Ends the run; the first reason counts. A job that ended outside is left as it is."""
         if self._stop is None:
             self._stop = reason
-            self._stopped.set()
+            self._woken.set()
         if reason is Stop.ENDED_OUTSIDE:
             self._stop = reason
             self._attempt.lose(Loss.FENCED)
@@ -199,7 +200,7 @@ class Run:
         if self._stop is not Stop.ENDED_OUTSIDE:
             metrics.attempts_lost.labels(loss.value).inc()
         self._stop = Stop.ENDED_OUTSIDE
-        self._stopped.set()
+        self._woken.set()
 
     async def execute(self) -> None:
         """Returns when the job has its marker and the agent has stopped. Cancelled: the worker is going down now."""
@@ -221,7 +222,7 @@ class Run:
         await self._end(agent_task, voice, started_at)
 
     async def _run_agent(self, voice: StreamVoice) -> Outcome:
-        if self._stopped.is_set():  # before arq delivered the job
+        if self._stop is not None:  # before arq delivered the job
             raise asyncio.CancelledError
         if self.claim.request is None:
             raise AgentError("The request is no longer stored.")
@@ -253,22 +254,18 @@ class Run:
     async def _until_done_or_stopped(self, agent_task: asyncio.Task[Outcome], voice: StreamVoice) -> None:
         """Waits for the agent, a stop, or a deadline, and turns a missed deadline into a stop."""
         run_deadline = time.monotonic() + self._settings.run_timeout_s
-        stopped = asyncio.create_task(self._stopped.wait())
-        try:
-            while not agent_task.done() and not stopped.done():
-                run_left_s = run_deadline - time.monotonic()
-                idle_left_s = self._settings.idle_timeout_s - voice.silent_for_s()
-                if run_left_s <= 0:
-                    self.stop(Stop.TIMEOUT)
-                elif idle_left_s <= 0:
-                    self.stop(Stop.IDLE)
-                await asyncio.wait(
-                    {agent_task, stopped},
-                    timeout=max(0, min(run_left_s, idle_left_s)),
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-        finally:
-            stopped.cancel()
+        agent_task.add_done_callback(lambda _: self._woken.set())
+        while not agent_task.done() and self._stop is None:
+            run_left_s = run_deadline - time.monotonic()
+            idle_left_s = self._settings.idle_timeout_s - voice.silent_for_s()
+            if run_left_s <= 0:
+                self.stop(Stop.TIMEOUT)
+            elif idle_left_s <= 0:
+                self.stop(Stop.IDLE)
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(run_left_s, idle_left_s)):
+                        await self._woken.wait()
 
     async def _end(self, agent_task: asyncio.Task[Outcome], voice: StreamVoice, started_at: float) -> None:
         """Stops the agent if it still runs, writes the marker that its end deserves, and frees slot and session."""
