@@ -53,22 +53,23 @@ class Packer:
         self._rows: list[Row] = []  # complete, and not taken yet
         self._open: list[_Run] = []  # what the next pack holds so far
         self._open_entries = self._open_bytes = 0
-        self._last = BEGINNING  # the id of the last entry in it
+        self._next = BEGINNING  # the only id that may join what is open
 
     def add(self, entry: Entry) -> None:
         """The next entry of the stream."""
         entry_id, kind, payload = entry
         size = len(payload)
-        if self._open_entries and not (
-            self._open_entries < PACK_ENTRIES
-            and self._open_bytes + size <= PACK_BYTES
-            and entry_id == (self._last.attempt, self._last.sequence + 1)
+        joins = (
+            entry_id == self._next
             and kind in _CODES
-        ):
+            and self._open_entries < PACK_ENTRIES
+            and self._open_bytes + size <= PACK_BYTES
+        )
+        if not joins:
             self._close()
-        if kind not in _CODES:
-            self._rows.append(Row(entry_id, kind.value, payload))
-            return
+            if kind not in _CODES:
+                self._rows.append(Row(entry_id, kind.value, payload))
+                return
         if not self._open or self._open[-1].kind is not kind:
             self._open.append(_Run(kind, [], []))
         run = self._open[-1]
@@ -76,7 +77,7 @@ class Packer:
         run.payloads.append(payload)
         self._open_entries += 1
         self._open_bytes += size
-        self._last = entry_id
+        self._next = EntryId(entry_id.attempt, entry_id.sequence + 1)
 
     def rows(self) -> list[Row]:
         """Those that have become complete since the last call."""
@@ -90,13 +91,15 @@ class Packer:
 
     def _close(self) -> None:
         """What is open becomes a row."""
-        if self._open_entries > 1:
-            self._rows.append(Row(self._last, PACK, _pack(self._open)))
-        elif self._open_entries:
-            (run,) = self._open
-            self._rows.append(Row(self._last, run.kind.value, run.payloads[0]))
+        if self._open:
+            first = self._open[0]
+            last = EntryId(self._next.attempt, self._next.sequence - 1)
+            is_pack = self._open_entries > 1
+            name, payload = (PACK, _pack(self._open)) if is_pack else (first.kind.value, first.payloads[0])
+            self._rows.append(Row(last, name, payload))
         self._open = []
         self._open_entries = self._open_bytes = 0
+        self._next = BEGINNING
 
 
 def _pack(runs: Sequence[_Run]) -> bytes:

@@ -158,12 +158,11 @@ class AttemptLog:
             numbered.append(entry)
             if packer is not None:
                 packer.add(entry)
+                self._kept_bytes += len(payload)
             if len(self._offsets_ms) < timing.MAX_ENTRIES:
                 self._offsets_ms.append(offset_ms)
-        if packer is not None:
-            self._kept_bytes += sum([len(payload) for _, payload in said])
-            if self._kept_bytes > KEPT_BYTES:
-                self._packer = None
+        if self._kept_bytes > KEPT_BYTES:
+            self._packer = None
         # A new list: the one before may be on its way.
         self._unsent = self._unsent + numbered if self._unsent else numbered
 
@@ -196,8 +195,10 @@ class AttemptLog:
 
     def landed(self, last: EntryId) -> None:
         """Redis has every entry up to `last`."""
-        self._confirmed = max(self._confirmed, last)
-        self._unsent = [entry for entry in self._unsent if entry.id > last]
+        if last > self._confirmed:
+            self._confirmed = last
+        is_all = not self._unsent or self._unsent[-1].id == last
+        self._unsent = [] if is_all else [entry for entry in self._unsent if entry.id > last]
         if self._unsent or self._said:
             waiting = sum([len(entry.payload) for entry in self._unsent])
             self._bytes_waiting = waiting + sum([len(payload) for _, payload in self._said])
