@@ -38,16 +38,13 @@ def command(*parts: str | bytes | int) -> bytes:
     """One command, as Redis reads it. Raises TypeError for anything else."""
     encoded = [b"*%d\r\n" % len(parts)]
     for part in parts:
-        match part:
-            case bytes():
-                value = part
-            case str():
-                value = part.encode()
-            case int():
-                value = b"%d" % part
-            case _:
-                raise TypeError(f"Redis takes bytes, strings and integers, not {type(part).__name__}")
-        encoded.append(b"$%d\r\n%b\r\n" % (len(value), value))
+        if isinstance(part, str):
+            part = part.encode()
+        elif isinstance(part, int):
+            part = b"%d" % part
+        elif not isinstance(part, bytes):
+            raise TypeError(f"Redis takes bytes, strings and integers, not {type(part).__name__}")
+        encoded.append(b"$%d\r\n%b\r\n" % (len(part), part))
     return b"".join(encoded)
 
 

@@ -25,7 +25,8 @@ from shared.tasks import end_task
 
 log = structlog.get_logger(__name__)
 
-BATCH_JOBS = 16  # whose kept rows are brought at a time
+BATCH_JOBS = 64  # whose kept rows are brought at a time
+GATHER_S = 0.05  # how long it waits for more of them: a write for each would wake Redis for each
 MAX_WAITING = 1000  # jobs; a worker that ends them faster than it packs them leaves the newest as they are
 FIRST_ROWS = 32  # read at first: they may be large
 PAGE_ROWS = 256  # read at a time then, so that the event loop is soon free for those that run
@@ -68,6 +69,8 @@ class Compactor:
     async def _compact_forever(self) -> None:
         while True:
             batch = [await self._waiting.get()]
+            if self._waiting.qsize() < BATCH_JOBS:
+                await asyncio.sleep(GATHER_S)
             while not self._waiting.empty() and len(batch) < BATCH_JOBS:
                 batch.append(self._waiting.get_nowait())
             await asyncio.gather(
