@@ -36,6 +36,7 @@ WARM_UP_STREAMS = 3
 
 _STAMP = re.compile(rb"@(\d+)\.([0-9a-f]{6,16});")
 _FINISH_REASON = re.compile(rb'"finish_reason":\s*"(\w+)"')
+_NOT_FINISHED = b'"finish_reason":null'
 _DONE = b"data: [DONE]"
 _ERROR = re.compile(rb'^event: ?error|^data: ?\{"error"|"error": ?\{', re.MULTILINE)
 
@@ -104,12 +105,13 @@ class Stream:
         self._rest = b""  # of an event that is not complete yet
 
     def feed(self, data: bytes, now_ns: int) -> None:
-        data = self._rest + data
-        cut = data.rfind(b"\n\n") + 2
-        if cut < 2:
-            self._rest = data
-            return
-        self._rest, data = data[cut:], data[:cut]
+        if self._rest or not data.endswith(b"\n\n"):
+            data = self._rest + data
+            cut = data.rfind(b"\n\n") + 2
+            if cut < 2:
+                self._rest = data
+                return
+            self._rest, data = data[cut:], data[:cut]
         for number, made_at in _STAMP.findall(data):
             sequence = int(number)
             if sequence < self.received:
@@ -123,11 +125,12 @@ class Stream:
         if now_ns - self.last_ns > self.longest_gap_ns and self.first_ns:
             self.longest_gap_ns = now_ns - self.last_ns
         self.last_ns = now_ns
-        if found := _FINISH_REASON.search(data):
+        # Most events are tokens: what they cannot hold is not looked for in each.
+        if data.count(b"finish_reason") > data.count(_NOT_FINISHED) and (found := _FINISH_REASON.search(data)):
             self.finish_reason = found[1].decode()
         if _DONE in data:
             self.is_done = True
-        if _ERROR.search(data):
+        if b"error" in data and _ERROR.search(data):
             self.is_error = True
 
     @property
