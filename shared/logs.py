@@ -3,7 +3,7 @@
 Every line of a process has the same form, whoever writes it. It says `job` and `attempt` while an attempt runs,
 `request_id` while a request is answered, `trace_id` and `span_id` if there is a trace, and no secret of the settings.
 
-Our own lines do not take the way through `logging`, which costs ten times as much as to write them.
+Our own lines do not pass through `logging`, which costs several times as much as to write them.
 """
 
 from __future__ import annotations
