@@ -44,14 +44,31 @@ async def read_json(request: Request, limit: int, *, default: Any = None) -> Any
 
     Raises PayloadTooLargeError before more than the limit has been read, and InvalidRequestError.
     """
-    _limit_body(request, limit)
+    body = await _read_body(request, limit)
+    if not body and default is not None:
+        return default
     try:
-        body = await request.body()
-        return default if not body and default is not None else parse_strangers_json(body)
-    except ClientDisconnect as error:
-        raise ClientGoneError from error
+        return parse_strangers_json(body)
     except ValueError as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}", code="invalid_json") from None
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """Raises PayloadTooLargeError, and ClientGoneError."""
+    _refuse_declared(request, limit)
+    parts: list[bytes] = []
+    received = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        part: bytes = message.get("body", b"")
+        parts.append(part)
+        received += len(part)
+        if received > limit:
+            raise _too_large(limit)
+        if not message.get("more_body", False):
+            return b"".join(parts)
 
 
 def validated(model: type[M], value: Any) -> M:
@@ -69,10 +86,14 @@ def _too_large(limit: int) -> PayloadTooLargeError:
     return PayloadTooLargeError(f"The request body is larger than {limit} bytes.")
 
 
-def _limit_body(request: Request, limit: int) -> None:
-    """Refuses a body that is declared too large, and makes reading it raise as soon as it is."""
+def _refuse_declared(request: Request, limit: int) -> None:
     if int(request.headers.get("content-length") or 0) > limit:
         raise _too_large(limit)
+
+
+def _limit_body(request: Request, limit: int) -> None:
+    """Refuses a body that is declared too large, and makes reading it raise as soon as it is."""
+    _refuse_declared(request, limit)
     receive, received = request.receive, 0
 
     async def limited_receive() -> Message:

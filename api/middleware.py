@@ -9,12 +9,12 @@ import asyncio
 import hashlib
 import hmac
 import re
-import uuid
+import secrets
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 import structlog
 from pydantic import SecretStr
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import ApiError, AuthenticationError, ClientGoneError, ForbiddenError, PayloadTooLargeError
@@ -32,6 +32,15 @@ LINGER_BYTES, LINGER_S = 256 * 1024 * 1024, 30  # how much, and how long, a refu
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._~:/+=-]{1,128}")
 
 
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first header of that name, which is in lower case, as ASGI has them all."""
+    for given, value in scope["headers"]:
+        if given == name:
+            text: str = value.decode("latin-1")
+            return text
+    return None
+
+
 class RequestIdMiddleware:
     """Names every request: in `scope["request_id"]`, in `x-request-id`, and on every log line."""
 
@@ -42,17 +51,20 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get("x-request-id", "")
-        request_id = asked if _SANE_REQUEST_ID.fullmatch(asked) else f"req_{uuid.uuid4().hex}"
+        asked = header(scope, b"x-request-id") or ""
+        request_id = asked if _SANE_REQUEST_ID.fullmatch(asked) else f"req_{secrets.token_hex(16)}"
         scope["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        tokens = structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
             await self.app(scope, receive, send_with_id)
+        finally:
+            structlog.contextvars.reset_contextvars(**tokens)
 
 
 class ErrorMiddleware:
@@ -135,7 +147,7 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             has_sessions = bool(self._keys) and (scope["path"] + "/").startswith(f"{DASHBOARD}/")
-            known = None if has_sessions else self._known_key(Headers(scope=scope).get("authorization"))
+            known = None if has_sessions else self._known_key(header(scope, b"authorization"))
             if has_sessions:
                 scope["tenant"], scope["operator"] = DEFAULT_TENANT, None
             elif known is not None:
@@ -162,20 +174,15 @@ class AuthMiddleware:
         raise AuthenticationError("Incorrect API key.")
 
     def _check_locality(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
         address = (scope.get("server") or [""])[0]
-        origin = headers.get("origin")
+        origin = header(scope, b"origin")
         by_socket_file = not address or address.startswith("/")
-        host = headers.get("host", "")
-        is_local_name = _HOST.fullmatch(host) is not None and _is_loopback_url(f"//{host}")
-        is_local = by_socket_file or (is_loopback(address) and is_local_name)
-        if not is_local:
+        if not by_socket_file and not _is_local(address, header(scope, b"host") or ""):
             raise ForbiddenError("Without ENDMARK_API_KEYS only this machine is served, by a loopback address.")
         if origin is None:  # some requests of a page carry none
-            is_of_a_strange_page = headers.get("sec-fetch-site") == "cross-site" and "*" not in self._origins
+            is_of_a_strange_page = header(scope, b"sec-fetch-site") == "cross-site" and "*" not in self._origins
         else:
-            is_local_page = _ORIGIN.fullmatch(origin) is not None and _is_loopback_url(origin)
-            is_of_a_strange_page = not is_local_page and not self._origins & {origin, "*"}
+            is_of_a_strange_page = not _is_local_page(origin) and not self._origins & {origin, "*"}
         if is_of_a_strange_page:
             raise ForbiddenError("Without ENDMARK_API_KEYS web pages are served only from ENDMARK_CORS_ORIGINS.")
 
@@ -195,6 +202,20 @@ def _fingerprint(key: bytes) -> str:
 
 _HOST = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 _ORIGIN = re.compile(rf"https?://{_HOST.pattern}")
+
+
+# What is remembered of strangers is bounded by the size of the headers that a server takes.
+
+
+@lru_cache(maxsize=32)
+def _is_local(address: str, host: str) -> bool:
+    """Whether a request came to a loopback address, by a name that is one, too."""
+    return is_loopback(address) and _HOST.fullmatch(host) is not None and _is_loopback_url(f"//{host}")
+
+
+@lru_cache(maxsize=32)
+def _is_local_page(origin: str) -> bool:
+    return _ORIGIN.fullmatch(origin) is not None and _is_loopback_url(origin)
 
 
 def _is_loopback_url(url: str) -> bool:

@@ -41,7 +41,6 @@ class ObserveMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        asked: Scope = {name: scope[name] for name in ("type", "method", "path")} | {"root_path": "", "headers": []}
         method = scope["method"] if scope["method"] in metrics.METHODS else metrics.OTHER
         status: int | None = None
 
@@ -49,7 +48,7 @@ class ObserveMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                metrics.request_answered(method, _route(scope, asked), status)
+                metrics.request_answered(method, _route(scope), status)
             await send(message)
 
         try:
@@ -57,18 +56,14 @@ class ObserveMiddleware:
                 await self.app(scope, receive, notice_status)
                 return
             is_nested = get_current_span().get_span_context().is_valid
-            with tracing.tracer.start_as_current_span(
-                method,
-                context=None if is_nested else tracing.context_of(Headers(scope=scope)),
-                kind=SpanKind.INTERNAL if is_nested else SpanKind.SERVER,
-                record_exception=False,  # its text may be of a prompt
-                set_status_on_exception=False,
-            ) as span:
+            parent = None if is_nested else tracing.context_of(Headers(scope=scope))
+            kind = SpanKind.INTERNAL if is_nested else SpanKind.SERVER
+            with tracing.span(method, parent, kind=kind) as span:
                 try:
                     await self.app(scope, receive, notice_status)
                 finally:
                     if span.is_recording():
-                        route = _route(scope, asked)
+                        route = _route(scope)
                         span.update_name(f"{method} {route}")
                         span.set_attribute("http.request.method", method)
                         span.set_attribute("http.route", route)
@@ -79,13 +74,14 @@ class ObserveMiddleware:
                             span.set_status(Status(StatusCode.ERROR))
         finally:
             if status is None:
-                metrics.request_answered(method, _route(scope, asked), CLIENT_CLOSED_REQUEST)
+                metrics.request_answered(method, _route(scope), CLIENT_CLOSED_REQUEST)
 
 
-def _route(scope: Scope, asked: Scope) -> str:
+def _route(scope: Scope) -> str:
     """The template of the route. One that was refused before it was routed is looked up."""
     route = scope.get("route")
     if route is None:
+        asked: Scope = {name: scope[name] for name in ("type", "method", "path")} | {"root_path": "", "headers": []}
         route = next((r for r in scope["app"].routes if r.matches(asked)[0] is not Match.NONE), None)
     path: str = getattr(route, "path", metrics.UNMATCHED)
     return path
@@ -97,9 +93,7 @@ async def observed(job_id: str, ending: Callable[[], OkMarker | ErrorMarker | No
     opened_ms = time.time_ns() // 1_000_000
     code = metrics.CLIENT_GONE
     metrics.open_streams.inc()
-    with tracing.tracer.start_as_current_span(
-        "relay", attributes={"endmark.job.id": job_id}, record_exception=False, set_status_on_exception=False
-    ) as span:
+    with tracing.span("relay", attributes={"endmark.job.id": job_id}) as span:
         try:
             yield
         except asyncio.CancelledError:

@@ -48,7 +48,7 @@ async def once(request: Request, body: object) -> Once | None:
         )
     large = int(request.headers.get("content-length") or _LARGE_BYTES) >= _LARGE_BYTES
     digest = await asyncio.to_thread(_digest, body) if large else _digest(body)
-    digest = _hash(f"{request.url.path} {digest}".encode())
+    digest = _hash(f"{request.scope['path']} {digest}".encode())
     if key is not None:
         return Once(name=f"key:{_hash(key.encode())}", body_digest=digest, join=Join.ALWAYS)
     is_first = request.headers["x-stainless-retry-count"].strip() in ("", "0")

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import structlog
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, use_span
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from shared import metrics, tracing
 from shared.jobs import Status as JobStatus
@@ -26,15 +26,17 @@ class Observation:
     def __init__(self, claim: Claim, agent: str) -> None:
         self._claim = claim
         self._agent = agent
-        self._span: Span | None = None
+        self._span: Span | None = None  # None: nobody records it
         self._stack = ExitStack()
 
     def __enter__(self) -> Observation:
         claim = self._claim
         metrics.attempt_begun(claim)
+        tokens = structlog.contextvars.bind_contextvars(job=claim.job_id, attempt=claim.attempt)
+        self._stack.callback(structlog.contextvars.reset_contextvars, **tokens)
         parent = tracing.context_of(claim.trace)
         job: dict[str, Any] = {"endmark.job.id": claim.job_id, "endmark.attempt": claim.attempt}
-        if claim.accepted_ms:
+        if claim.accepted_ms and tracing.records():
             tracing.tracer.start_span(
                 "queue", parent, SpanKind.CONSUMER, job, start_time=claim.accepted_ms * _NS_PER_MS
             ).end(claim.started_ms * _NS_PER_MS)
@@ -44,9 +46,8 @@ class Observation:
             "gen_ai.agent.name": self._agent,
             "gen_ai.response.id": claim.job_id,
         }
-        self._span = tracing.tracer.start_span(f"invoke_agent {self._agent}", parent, attributes=job | asked)
-        self._stack.enter_context(use_span(self._span, True, record_exception=False, set_status_on_exception=False))
-        self._stack.enter_context(structlog.contextvars.bound_contextvars(job=claim.job_id, attempt=claim.attempt))
+        span = self._stack.enter_context(tracing.span(f"invoke_agent {self._agent}", parent, attributes=job | asked))
+        self._span = span if span.is_recording() else None
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -51,10 +54,11 @@ def test_a_line_hides_keys_and_passwords(capsys: pytest.CaptureFixture[str], log
         raise RuntimeError(text)
     except RuntimeError:
         logging.getLogger("somebody").exception("failed")
+        structlog.get_logger("us").exception("failed")
     output = written(capsys)
     for secret in ("pass-word", "sk-of-acme", "sk-admin", "a%2Fpass", "a/pass"):
         assert secret not in output
-    assert output.count(logs.HIDDEN) >= 3
+    assert output.count(logs.HIDDEN) >= 4
 
 
 def test_a_url_without_a_password_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,3 +69,48 @@ def test_a_url_without_a_password_stays_as_it_is(capsys: pytest.CaptureFixture[s
 
 def test_a_short_key_does_not_hide_parts_of_words() -> None:
     assert logs.secrets_of(Settings(api_keys="test")) == []
+
+
+def test_our_lines_and_those_of_libraries_have_one_form(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings(log_format="json"))
+    with structlog.contextvars.bound_contextvars(job="chatcmpl-1"):
+        for name in ("us", "somebody"):
+            logger = structlog.get_logger(name) if name == "us" else logging.getLogger(name)
+            try:
+                raise RuntimeError("why")
+            except RuntimeError:
+                logger.exception("failed")
+    ours, theirs = (json.loads(line) for line in written(capsys).splitlines())
+    assert set(ours) == set(theirs) == {"event", "exception", "job", "level", "logger", "timestamp"}
+    assert [(line["event"], line["job"], line["level"]) for line in (ours, theirs)] == [
+        ("failed", "chatcmpl-1", "error")
+    ] * 2
+    assert (ours["logger"], theirs["logger"]) == ("us", "somebody")
+    assert all(line["exception"].endswith("RuntimeError: why") for line in (ours, theirs))
+
+
+def test_less_severe_lines_are_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(Settings(log_format="json", log_level="WARNING"))
+    for logger in (structlog.get_logger("us"), logging.getLogger("somebody")):
+        logger.info("less")
+        logger.warning("enough")
+    assert [json.loads(line)["event"] for line in written(capsys).splitlines()] == ["enough"] * 2
+
+
+@pytest.mark.parametrize("value", ["\ud800", 2**70, frozenset({1}), {1: "a"}], ids=ascii)
+def test_a_line_is_json_whatever_it_says(capsys: pytest.CaptureFixture[str], value: object) -> None:
+    logs.configure(Settings(log_format="json"))
+    structlog.get_logger("us").info("event", value=value)
+    line = json.loads(written(capsys))
+    assert line["value"] in (value, repr(value), {"1": "a"})
+
+
+def test_a_line_that_cannot_be_written_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of a job that was accepted a moment ago."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True) as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        logs.configure(Settings(log_format="json"))
+        structlog.get_logger("us").info("to nobody")
+    structlog.get_logger("us").info("to a closed file")
