@@ -37,7 +37,7 @@ def model_service(
         settings |= {"OPENAI_BASE_URL": upstream_url, "OPENAI_API_KEY": "none"}
     folder = tmp_path_factory.mktemp("service")
     with deployed(folder, redis_url, f"test-{secrets.token_hex(4)}", **settings) as deployment:
-        deployment.workers[0].wait_for_output(f'"agent": "{request.param}"')
+        deployment.workers[0].wait_for_output(f'"agent":"{request.param}"')
         yield deployment
         deployment.wait_until_idle()
         assert deployment.keys_without_ttl() == []

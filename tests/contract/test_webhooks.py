@@ -292,7 +292,7 @@ def test_secrets_are_shown_to_nobody(hooked: Deployment, endpoint: Endpoint) -> 
             answer = ask(hooked, HELLO, url=endpoint.url(path), secret=OWN_SECRET)
             job_id = answer.json()["id"]
             wait_for_state(hooked, job_id, state)
-            hooked.workers[0].wait_for_output(f'"job": "{job_id}", "attempt": 1, "host"')
+            hooked.workers[0].wait_for_output(f'"job":"{job_id}","attempt":1,"host"')
             shown += answer.text + http.get(f"/v1/jobs/{job_id}").text + http.get(f"/v1/jobs/{job_id}/webhook").text
         shown += ask(hooked, HELLO, url="https://127.0.0.1/", secret=OWN_SECRET + "?").text
         shown += ask(hooked, HELLO, url="x", secret=OWN_SECRET).text

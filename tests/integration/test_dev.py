@@ -65,7 +65,7 @@ def answer_text(answer: HTTPResponse) -> Any:
 def worker_pids(supervisor: Running) -> list[int]:
     """The process ids of all workers so far, from their own log lines."""
     started = [line for line in supervisor.output.splitlines() if "worker_started" in line]
-    return [int(match[1]) for line in started if (match := re.search(r'"worker": "[^"]*?-(\d+)-', line))]
+    return [int(match[1]) for line in started if (match := re.search(r'"worker":"[^"]*?-(\d+)-', line))]
 
 
 @pytest.fixture(scope="module")
