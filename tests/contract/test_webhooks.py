@@ -71,9 +71,11 @@ def wait_for_state(service: Deployment, job_id: str, state: str) -> dict[str, An
 
 def test_the_end_of_every_job_is_told_and_the_sdk_believes_it(own_service: Start, endpoint: Endpoint) -> None:
     service = own_service(**QUICK, webhook_url=endpoint.url())
-    with service.client() as client:
+    with service.client() as client:  # one job after the other: webhooks of two may overtake one another
         whole = client.chat.completions.create(model="endmark", messages=HELLO)
+        endpoint.wait_for(count=1)
         cut = client.chat.completions.create(model="endmark", messages=script(say=["a"], finish_reason="length"))
+        endpoint.wait_for(count=2)
         with pytest.raises(openai.APIStatusError):
             client.chat.completions.create(model="endmark", messages=script(then="raise"))
     events = [received.unwrap(SECRET) for received in endpoint.wait_for(count=3)]
