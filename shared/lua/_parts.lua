@@ -1,4 +1,5 @@
--- Parts of several scripts. Put before each of them, after the key names (shared/keys.py).
+-- Parts of several scripts. Those that a script uses are put before it, after the key names (shared/scripts.py).
+-- Each begins with `local` at the beginning of a line, and uses only what stands above it.
 
 local function int(number) return string.format('%.0f', number) end
 
@@ -58,8 +59,8 @@ end
 
 -- The index. Each job is on one shelf, with the jobs of its tenant that are like it; the record says on which. What may be
 -- asked of a job beyond that has a sorted set of its own. The score is the instant of acceptance, which never changes.
-local function shelf_of(tenant, kind, store, status, error_code, model)
-  return table.concat({tenant or '', kind or '', store or '0', status, error_code, model or ''}, ':')
+local function shelf_of(tenant, kind, store, status, code, model)
+  return table.concat({tenant or '', kind or '', store or '0', status, code, model or ''}, ':')
 end
 
 -- Renews a key of the index before it is as near to its end as the job that is put there. True if it did.
