@@ -257,6 +257,7 @@ class JobStore:
             slots,
             self._run_timeout_ms,
             self._unfinished_ms,
+            self._unfinished_ms - self._queue_timeout_ms,  # what the first attempt finds, however long it has waited
             self._retention_ms,
             _UNWANTED.payload(),
         )
