@@ -16,6 +16,7 @@ import platform
 import secrets
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from importlib.metadata import version
 from signal import Signals
 from typing import Any
@@ -34,7 +35,7 @@ from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
 from shared.sentinel import follow_primary
 from shared.settings import Settings
-from shared.store import Claim, IdleDeadline, JobStore
+from shared.store import CLAIM_LIMIT, Claim, IdleDeadline, JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
@@ -179,7 +180,6 @@ class QueueWorker(Worker):
 
     async def _poll_iteration(self) -> None:
         """Waits until there may be something to do, and does it. arq calls this in a loop."""
-        self._forget_finished()
         try:
             await self.heart_beat()
             slots = self.max_jobs - len(self.tasks)
@@ -193,7 +193,7 @@ class QueueWorker(Worker):
                 claims = await self.store.claim(self.worker_id, slots)
                 for claim in claims:
                     self._start(claim)
-            if len(claims) < slots and not self.burst:
+            if len(claims) < min(slots, CLAIM_LIMIT) and not self.burst:
                 await self._wait_for_bell()
         except FAILURES as error:
             self._reconcile_at = 0
@@ -233,10 +233,17 @@ class QueueWorker(Worker):
         if earlier is not None:
             self.runs[claim.job_id].stop(Stop.ENDED_OUTSIDE)
         self.runs[claim.job_id] = run
-        task = self.loop.create_task(self._deliver(run, earlier))
-        task.add_done_callback(lambda _: self._changed.set())
-        task.add_done_callback(lambda _: self.compactor.offer(claim))
-        self.tasks[claim.job_id] = task
+        task = self.tasks[claim.job_id] = self.loop.create_task(self._deliver(run, earlier))
+        task.add_done_callback(partial(self._on_delivered, claim))
+
+    def _on_delivered(self, claim: Claim, task: asyncio.Task[None]) -> None:
+        if self.tasks.get(claim.job_id) is task:  # otherwise a later attempt has taken its place
+            del self.tasks[claim.job_id]
+            del self.runs[claim.job_id]
+        if not task.cancelled() and (error := task.exception()):
+            log.error("job_not_released", job=claim.job_id, exc_info=error)
+        self._changed.set()
+        self.compactor.offer(claim)
 
     async def _deliver(self, run: Run, earlier: asyncio.Task[Any] | None) -> None:
         """Calls the function that arq's record of the job names, which executes the run."""
@@ -271,14 +278,6 @@ class QueueWorker(Worker):
         error = ErrorMarker(ErrorCode.UNDELIVERABLE, "The request could not be delivered to a worker.")
         await insist(lambda: self.store.give_up(claim, self.worker_id, error))
         await insist(lambda: self.store.release(claim, self.worker_id))
-
-    def _forget_finished(self) -> None:
-        for job_id, task in list(self.tasks.items()):
-            if task.done():
-                del self.tasks[job_id]
-                del self.runs[job_id]
-                if not task.cancelled() and (error := task.exception()):
-                    log.error("job_not_released", job=job_id, exc_info=error)
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 

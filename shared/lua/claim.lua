@@ -1,6 +1,6 @@
--- Gives a worker as many claimable jobs as it has free slots, oldest first, and opens an attempt of each.
+-- Gives a worker claimable jobs, oldest first, up to as many as it asks for, and opens an attempt of each.
 -- KEYS[1] the queue
--- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms, 6 how much
+-- ARGV: 1 prefix, 2 worker id, 3 most jobs, 4 run timeout in ms, 5 time to live of an unfinished job in ms, 6 how much
 --       of it is enough, 7 retention in ms, 8 the payload of the error marker of a job for which nobody waits any more
 -- Returns nothing if the worker holds no lease, since nobody would notice its death, or if the queue is paused.
 -- Otherwise a list of {job id, attempt, started ms, accepted ms, traceparent, tracestate, request, arq's job}; ids whose job
@@ -37,9 +37,9 @@ local function is_wanted(id, job)
 end
 
 local claimed, ids, out_of_memory = {}, {}, false
-local slots, deadline = tonumber(ARGV[3]), int(now + tonumber(ARGV[4]))
-local waiting = redis.call('ZRANGE', KEYS[1], 0, int(slots), 'WITHSCORES') -- cheaper than by score
-for i = 1, math.min(2 * slots, #waiting), 2 do
+local most, deadline = tonumber(ARGV[3]), int(now + tonumber(ARGV[4]))
+local waiting = redis.call('ZRANGE', KEYS[1], 0, int(most), 'WITHSCORES') -- cheaper than by score
+for i = 1, math.min(2 * most, #waiting), 2 do
   local id = waiting[i]
   if tonumber(waiting[i + 1]) > now then break end
   local record, stream = job_key(id), stream_key(id)
@@ -82,7 +82,7 @@ if #ids > 0 then
   redis.call('PEXPIRE', worker_jobs_key(worker), ARGV[5])
 end
 
-local leaves_some = #waiting > 2 * slots and tonumber(waiting[#waiting]) <= now
+local leaves_some = #waiting > 2 * most and tonumber(waiting[#waiting]) <= now
 if leaves_some or out_of_memory or #given_up > 0 then ring() else redis.call('DEL', bell) end
 for _, row in ipairs(given_up) do claimed[#claimed + 1] = row end
 return claimed
