@@ -89,6 +89,7 @@ class QueueWorker(Worker):
         self.compactor = Compactor(self.store, self.worker_id)
         self.runs: dict[str, Run] = {}
         self._reconcile_at = 0.0  # of the loop's clock
+        self._left_some = True  # the last claim got all that it asked for: there may be more
         self._claiming = asyncio.Lock()  # held while a claim is on its way: it must not be cut
         self._changed = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -182,21 +183,15 @@ class QueueWorker(Worker):
         """Waits until there may be something to do, and does it. arq calls this in a loop."""
         try:
             await self.heart_beat()
-            slots = self.max_jobs - len(self.tasks)
-            if not self.allow_pick_jobs or slots == 0:
+            if not self.allow_pick_jobs or len(self.tasks) >= self.max_jobs:
                 await self._wait_for_change()
-                return
-            if self.loop.time() >= self._reconcile_at:
+            elif self.loop.time() >= self._reconcile_at:
                 await self._reconcile()
-                return
-            async with self._claiming:
-                claims = await self.store.claim(self.worker_id, slots)
-                for claim in claims:
-                    self._start(claim)
-            if len(claims) < min(slots, CLAIM_LIMIT) and not self.burst:
-                await self._wait_for_bell()
+            elif self.burst or self._left_some or await self._hears_bell():
+                await self._claim()
         except FAILURES as error:
             self._reconcile_at = 0
+            self._left_some = True
             log.warning("worker_cannot_claim", worker=self.worker_id, reason=str(error), exc_info=not passes(error))
             await self._wait_for_change()
 
@@ -214,10 +209,20 @@ class QueueWorker(Worker):
                 await self.store.release(held.claim, self.worker_id)  # which ends it, if it has not ended
         self._reconcile_at = self.loop.time() + RECONCILE_S
 
-    async def _wait_for_bell(self) -> None:
+    async def _hears_bell(self) -> bool:
+        """Waits for the bell, or so long that it may have been lost. False if what it says is for somebody else."""
         rang = await self.store.wait_for_bell(BELL_TIMEOUT_S)
-        if rang and not self.allow_pick_jobs:
-            await self.store.ring()  # it was told to stop while it waited: the bell is for somebody else
+        if rang and not self.allow_pick_jobs:  # it was told to stop while it waited
+            await self.store.ring()
+        return self.allow_pick_jobs
+
+    async def _claim(self) -> None:
+        most = min(self.max_jobs - len(self.tasks), CLAIM_LIMIT)
+        async with self._claiming:
+            claims = await self.store.claim(self.worker_id, most)
+            for claim in claims:
+                self._start(claim)
+        self._left_some = len(claims) == most
 
     async def _wait_for_change(self) -> None:
         self._changed.clear()
