@@ -37,7 +37,8 @@ local function is_wanted(id, job)
 end
 
 local claimed, ids, out_of_memory = {}, {}, false
-local most, deadline = tonumber(ARGV[3]), int(now + tonumber(ARGV[4]))
+local most, ttl_ms, enough_ms = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local started, deadline = int(now), int(now + tonumber(ARGV[4]))
 local waiting = redis.call('ZRANGE', KEYS[1], 0, int(most), 'WITHSCORES') -- cheaper than by score
 for i = 1, math.min(2 * most, #waiting), 2 do
   local id = waiting[i]
@@ -61,18 +62,18 @@ for i = 1, math.min(2 * most, #waiting), 2 do
       redis.call('PUBLISH', stream_channel(id), attempt .. '-0 open ' .. worker)
     end
     redis.call('HSET', record, 'status', 'running', 'attempt', attempt, 'opened', attempt, 'worker', worker,
-               'started_ms', int(now), 'deadline_ms', deadline)
+               'started_ms', started, 'deadline_ms', deadline)
     redis.call('ZREM', shelf_key(shelf_of(job[8], job[9], job[10], 'queued', '', job[11])), id)
-    put_on_shelf(shelf_of(job[8], job[9], job[10], 'running', '', job[11]), id, job[4], tonumber(ARGV[5]))
+    put_on_shelf(shelf_of(job[8], job[9], job[10], 'running', '', job[11]), id, job[4], ttl_ms)
     redis.call('ZADD', deadlines, deadline, id)
     local request, arq_job = request_key(id), arq_job_key(id)
-    if redis.call('PTTL', record) < tonumber(ARGV[6]) then
+    if redis.call('PTTL', record) < enough_ms then
       for _, key in ipairs({record, request, attachments_key(id), stream, arq_job}) do
         redis.call('PEXPIRE', key, ARGV[5])
       end
     end
     ids[#ids + 1] = id
-    claimed[#claimed + 1] = {id, attempt, int(now), job[4], job[12], job[13],
+    claimed[#claimed + 1] = {id, attempt, started, job[4], job[12], job[13],
                              unpack(redis.call('MGET', request, arq_job))}
   end
 end
