@@ -34,6 +34,7 @@ from shared.jobs import Submission, new_job_id
 from shared.keys import Keys
 from shared.settings import Settings
 from shared.store import JobStore
+from shared.wire import Line
 
 WORKERS = (1, 4, 8)
 JOBS = 4000  # that wait; less than the default limit of unfinished jobs
@@ -56,9 +57,10 @@ def _submission(script: str) -> Submission:
 
 @contextmanager
 def _store(redis_url: str) -> Iterator[JobStore]:
-    """To be used within one event loop."""
+    """As the API has it. To be used within one event loop."""
     settings = Settings(redis_url=redis_url, prefix=PREFIX)
-    yield JobStore(connect(settings), settings)
+    client = connect(settings)
+    yield JobStore(client, settings, Line(client))
 
 
 # -- how soon ----------------------------------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ async def _submit_one_by_one(serving: Serving, count: int) -> Figures:
             submitted_ns = time.monotonic_ns()
             await store.submit(job)
             taken_ns.append(await _started_ns(store, job.job_id) - submitted_ns)
-        await store.redis.aclose(close_connection_pool=True)
+        await store.aclose()
     return {"start_ms": _as_json(taken_ns)}
 
 
@@ -150,7 +152,7 @@ async def submit_many(redis_url: str, count: int) -> list[str]:
     with _store(redis_url) as store:
         for start in range(0, count, AT_A_TIME):
             await asyncio.gather(*(store.submit(job) for job in submissions[start : start + AT_A_TIME]))
-        await store.redis.aclose(close_connection_pool=True)
+        await store.aclose()
     return [job.job_id for job in submissions]
 
 
@@ -161,7 +163,7 @@ async def _watch_queue(serving: Serving, job_ids: list[str]) -> Figures:
             while await store.redis.zcard(store.keys.deadlines):  # noqa: ASYNC110 - other processes
                 await asyncio.sleep(0.05)
         records = [await store.record(job_id) for job_id in job_ids]
-        await store.redis.aclose(close_connection_pool=True)
+        await store.aclose()
     started = [record.started_ms for record in records if record is not None and record.started_ms is not None]
     finished = [record.finished_ms for record in records if record is not None and record.finished_ms is not None]
     if len(finished) < len(job_ids):

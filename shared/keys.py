@@ -164,13 +164,20 @@ class Keys:
 
 
 def lua_names() -> str:
-    """The same names as Lua locals, for the head of every script; `ARGV[1]` is the prefix."""
+    """The same names as Lua locals; `ARGV[1]` is the prefix."""
     lines = ["local P = ARGV[1]"]
-    lines += [f"local {name} = string.format('{template}', P)" for name, template in _SHARED.items()]
+    lines += [f"local {name} = {_in_lua(template, 'P')}" for name, template in _SHARED.items()]
     lines += [
-        f"local function {name}(id) return string.format('{template}', P, id) end" for name, template in _PER_ID.items()
+        f"local function {name}(id) return {_in_lua(template, 'P', 'id')} end" for name, template in _PER_ID.items()
     ]
     lines += [
         f"local function arq_job_key(id) return '{job_key_prefix}' .. id end",
     ]
     return "\n".join(lines)
+
+
+def _in_lua(template: str, *variables: str) -> str:
+    """A concatenation, which costs Redis less than `string.format`."""
+    words = [f"'{words}'" for words in template.split("%s")]
+    parts = [words[0], *(part for pair in zip(variables, words[1:], strict=True) for part in pair)]
+    return " .. ".join(part for part in parts if part != "''")

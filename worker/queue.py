@@ -16,6 +16,7 @@ import platform
 import secrets
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from importlib.metadata import version
 from signal import Signals
 from typing import Any
@@ -34,7 +35,7 @@ from shared.jobs import ARQ_FUNCTION, ErrorCode, Status
 from shared.keys import Keys
 from shared.sentinel import follow_primary
 from shared.settings import Settings
-from shared.store import Claim, IdleDeadline, JobStore
+from shared.store import CLAIM_LIMIT, Claim, IdleDeadline, JobStore
 from shared.sweeper import sweep_forever
 from shared.tasks import end_task
 from shared.text import json_bytes, parse_json
@@ -88,6 +89,7 @@ class QueueWorker(Worker):
         self.compactor = Compactor(self.store, self.worker_id)
         self.runs: dict[str, Run] = {}
         self._reconcile_at = 0.0  # of the loop's clock
+        self._left_some = True  # the last claim got all that it asked for: there may be more
         self._claiming = asyncio.Lock()  # held while a claim is on its way: it must not be cut
         self._changed = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -179,24 +181,17 @@ class QueueWorker(Worker):
 
     async def _poll_iteration(self) -> None:
         """Waits until there may be something to do, and does it. arq calls this in a loop."""
-        self._forget_finished()
         try:
             await self.heart_beat()
-            slots = self.max_jobs - len(self.tasks)
-            if not self.allow_pick_jobs or slots == 0:
+            if not self.allow_pick_jobs or len(self.tasks) >= self.max_jobs:
                 await self._wait_for_change()
-                return
-            if self.loop.time() >= self._reconcile_at:
+            elif self.loop.time() >= self._reconcile_at:
                 await self._reconcile()
-                return
-            async with self._claiming:
-                claims = await self.store.claim(self.worker_id, slots)
-                for claim in claims:
-                    self._start(claim)
-            if len(claims) < slots and not self.burst:
-                await self._wait_for_bell()
+            elif self.burst or self._left_some or await self._hears_bell():
+                await self._claim()
         except FAILURES as error:
             self._reconcile_at = 0
+            self._left_some = True
             log.warning("worker_cannot_claim", worker=self.worker_id, reason=str(error), exc_info=not passes(error))
             await self._wait_for_change()
 
@@ -214,10 +209,20 @@ class QueueWorker(Worker):
                 await self.store.release(held.claim, self.worker_id)  # which ends it, if it has not ended
         self._reconcile_at = self.loop.time() + RECONCILE_S
 
-    async def _wait_for_bell(self) -> None:
+    async def _hears_bell(self) -> bool:
+        """Waits for the bell, or so long that it may have been lost. False if what it says is for somebody else."""
         rang = await self.store.wait_for_bell(BELL_TIMEOUT_S)
-        if rang and not self.allow_pick_jobs:
-            await self.store.ring()  # it was told to stop while it waited: the bell is for somebody else
+        if rang and not self.allow_pick_jobs:  # it was told to stop while it waited
+            await self.store.ring()
+        return self.allow_pick_jobs
+
+    async def _claim(self) -> None:
+        most = min(self.max_jobs - len(self.tasks), CLAIM_LIMIT)
+        async with self._claiming:
+            claims = await self.store.claim(self.worker_id, most)
+            for claim in claims:
+                self._start(claim)
+        self._left_some = len(claims) == most
 
     async def _wait_for_change(self) -> None:
         self._changed.clear()
@@ -233,10 +238,18 @@ class QueueWorker(Worker):
         if earlier is not None:
             self.runs[claim.job_id].stop(Stop.ENDED_OUTSIDE)
         self.runs[claim.job_id] = run
-        task = self.loop.create_task(self._deliver(run, earlier))
-        task.add_done_callback(lambda _: self._changed.set())
-        task.add_done_callback(lambda _: self.compactor.offer(claim, run.packed_rows()))
-        self.tasks[claim.job_id] = task
+        task = self.tasks[claim.job_id] = self.loop.create_task(self._deliver(run, earlier))
+        task.add_done_callback(partial(self._on_delivered, run))
+
+    def _on_delivered(self, run: Run, task: asyncio.Task[None]) -> None:
+        claim = run.claim
+        if self.tasks.get(claim.job_id) is task:  # otherwise a later attempt has taken its place
+            del self.tasks[claim.job_id]
+            del self.runs[claim.job_id]
+        if not task.cancelled() and (error := task.exception()):
+            log.error("job_not_released", job=claim.job_id, exc_info=error)
+        self._changed.set()
+        self.compactor.offer(claim, run.packed_rows())
 
     async def _deliver(self, run: Run, earlier: asyncio.Task[Any] | None) -> None:
         """Calls the function that arq's record of the job names, which executes the run."""
@@ -271,14 +284,6 @@ class QueueWorker(Worker):
         error = ErrorMarker(ErrorCode.UNDELIVERABLE, "The request could not be delivered to a worker.")
         await insist(lambda: self.store.give_up(claim, self.worker_id, error))
         await insist(lambda: self.store.release(claim, self.worker_id))
-
-    def _forget_finished(self) -> None:
-        for job_id, task in list(self.tasks.items()):
-            if task.done():
-                del self.tasks[job_id]
-                del self.runs[job_id]
-                if not task.cancelled() and (error := task.exception()):
-                    log.error("job_not_released", job=job_id, exc_info=error)
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
--- Parts of several scripts. Put before each of them, after the key names (shared/keys.py).
+-- Parts of several scripts. Those that a script uses are put before it, after the key names (shared/scripts.py).
+-- Each begins with `local` at the beginning of a line, and uses only what stands above it.
 
 local function int(number) return string.format('%.0f', number) end
 
@@ -58,8 +59,8 @@ end
 
 -- The index. Each job is on one shelf, with the jobs of its tenant that are like it; the record says on which. What may be
 -- asked of a job beyond that has a sorted set of its own. The score is the instant of acceptance, which never changes.
-local function shelf_of(tenant, kind, store, status, error_code, model)
-  return table.concat({tenant or '', kind or '', store or '0', status, error_code, model or ''}, ':')
+local function shelf_of(tenant, kind, store, status, code, model)
+  return (tenant or '') .. ':' .. (kind or '') .. ':' .. (store or '0') .. ':' .. status .. ':' .. code .. ':' .. (model or '')
 end
 
 -- Renews a key of the index before it is as near to its end as the job that is put there. True if it did.
@@ -70,8 +71,9 @@ local function keep(key, ttl_ms)
 end
 
 local function put_on_shelf(name, id, accepted_ms, ttl_ms)
-  redis.call('ZADD', shelf_key(name), accepted_ms, id)
-  if keep(shelf_key(name), ttl_ms) then
+  local shelf = shelf_key(name)
+  redis.call('ZADD', shelf, accepted_ms, id)
+  if keep(shelf, ttl_ms) then
     redis.call('PEXPIRE', ended_key(name), int(2 * ttl_ms))
     redis.call('SADD', shelves, name)
     keep(shelves, 2 * ttl_ms)
@@ -100,6 +102,14 @@ local function note_ended(name, id, worker, pairs_of_job, session)
   redis.call('RPUSH', ended_key(name), table.concat({id, worker, pairs_of_job or '', session or ''}, '\n'))
 end
 
+-- What has to be known of a job to end it or to release it.
+local function look_up(id)
+  local job = redis.call('HMGET', job_key(id), 'status', 'worker', 'attempt', 'session', 'tenant', 'kind', 'store',
+                         'model', 'accepted_ms', 'pairs')
+  return {status = job[1], worker = job[2], attempt = job[3], session = job[4], tenant = job[5], kind = job[6],
+          store = job[7], model = job[8], accepted_ms = job[9], pairs = job[10]}
+end
+
 local function error_code(payload)
   if not payload then return '' end
   return string.match(payload, '^{"code":"([%w_]+)"') or 'other'
@@ -118,13 +128,12 @@ end
 local RELEASE_MS = 15000
 
 -- The job has ended, and executes nowhere any more: its worker's slot and its session are free.
-local function release(id, now)
+local function release(id, job, now)
   redis.call('ZREM', deadlines, id)
-  local job = redis.call('HMGET', job_key(id), 'worker', 'session')
-  if not job[2] then take_from_unfinished(id) end
-  if job[1] and job[1] ~= '' then redis.call('SREM', worker_jobs_key(job[1]), id) end
-  if job[2] and job[2] ~= '' then
-    local turns = turns_key(job[2])
+  if not job.session then take_from_unfinished(id) end
+  if job.worker and job.worker ~= '' then redis.call('SREM', worker_jobs_key(job.worker), id) end
+  if job.session and job.session ~= '' then
+    local turns = turns_key(job.session)
     local was_head = redis.call('LINDEX', turns, 0) == id
     redis.call('LREM', turns, 1, id)
     if was_head then promote_next_turn(turns, now) end
@@ -151,25 +160,24 @@ local function queue_webhook(id, status, payload, now)
 end
 
 -- Appends the marker and makes the job terminal. The append comes first: if Redis refuses it, nothing has changed.
-local function end_job(id, entry_id, kind, payload, status, now, retention_ms)
-  redis.call('XADD', stream_key(id), entry_id, kind, payload)
-  local tenant, of_kind, store, model, accepted_ms, was, worker, session, pairs_of_job = unpack(redis.call('HMGET',
-    job_key(id), 'tenant', 'kind', 'store', 'model', 'accepted_ms', 'status', 'worker', 'session', 'pairs'))
+-- Behind the retention come more fields and values of the record.
+local function end_job(id, job, entry_id, kind, payload, status, now, retention_ms, ...)
+  local record, stream = job_key(id), stream_key(id)
+  redis.call('XADD', stream, entry_id, kind, payload)
   local code, ttl_ms = kind == 'error' and error_code(payload) or '', tonumber(retention_ms)
-  local shelf = shelf_of(tenant, of_kind, store, status, code, model)
-  if status == 'succeeded' then worker = '' end -- among what it did well, its jobs are looked for one by one
-  redis.call('ZREM', shelf_key(shelf_of(tenant, of_kind, store, was, '', model)), id)
-  note_ended(shelf, id, worker, pairs_of_job, session)
-  put_on_shelf(shelf, id, accepted_ms, ttl_ms)
-  if worker ~= '' then put_among(worker_jobs_ended_badly_key(worker), id, accepted_ms, ttl_ms) end
-  redis.call('HSET', job_key(id), 'status', status, 'finished_ms', int(now))
-  if kind == 'error' then redis.call('HSET', job_key(id), 'error', payload) end
-  redis.call('ZREM', queue, id)
-  redis.call('DEL', arq_job_key(id))
-  redis.call('PEXPIRE', job_key(id), retention_ms)
+  local shelf = shelf_of(job.tenant, job.kind, job.store, status, code, job.model)
+  local worker = status == 'succeeded' and '' or job.worker -- what it did well is looked for one by one
+  redis.call('ZREM', shelf_key(shelf_of(job.tenant, job.kind, job.store, job.status, '', job.model)), id)
+  note_ended(shelf, id, worker, job.pairs, job.session)
+  put_on_shelf(shelf, id, job.accepted_ms, ttl_ms)
+  if worker ~= '' then put_among(worker_jobs_ended_badly_key(worker), id, job.accepted_ms, ttl_ms) end
+  redis.call('HSET', record, 'status', status, 'finished_ms', int(now), ...)
+  if kind == 'error' then redis.call('HSET', record, 'error', payload) end
+  if job.status == 'queued' then redis.call('ZREM', queue, id) end
+  redis.call('UNLINK', arq_job_key(id), attachments_key(id))
+  redis.call('PEXPIRE', record, retention_ms)
   redis.call('PEXPIRE', request_key(id), retention_ms)
-  redis.call('UNLINK', attachments_key(id))
-  redis.call('PEXPIRE', stream_key(id), retention_ms)
+  redis.call('PEXPIRE', stream, retention_ms)
   redis.call('PUBLISH', stream_channel(id), entry_id .. ' ' .. kind .. ' ' .. payload)
   queue_webhook(id, status, payload, now)
 end
@@ -187,14 +195,13 @@ local function await_release(id, now) redis.call('ZADD', deadlines, int(now + RE
 -- A worker that may still execute it is told to stop, and releases the job when it has.
 local function end_from_outside(id, payload, status, now, retention_ms)
   note_entries(id)
-  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'worker')
-  local attempt = int(tonumber(job[2]) + 1)
-  end_job(id, attempt .. '-0', 'error', payload, status, now, retention_ms)
-  if job[1] == 'running' then
+  local job = look_up(id)
+  end_job(id, job, int(tonumber(job.attempt) + 1) .. '-0', 'error', payload, status, now, retention_ms)
+  if job.status == 'running' then
     await_release(id, now)
-    redis.call('PUBLISH', worker_channel(job[3]), 'stop ' .. id)
+    redis.call('PUBLISH', worker_channel(job.worker), 'stop ' .. id)
   else
-    release(id, now)
+    release(id, job, now)
   end
 end
 

@@ -1,7 +1,7 @@
--- Gives a worker as many claimable jobs as it has free slots, oldest first, and opens an attempt of each.
+-- Gives a worker claimable jobs, oldest first, up to as many as it asks for, and opens an attempt of each.
 -- KEYS[1] the queue
--- ARGV: 1 prefix, 2 worker id, 3 free slots, 4 run timeout in ms, 5 time to live of an unfinished job in ms,
---       6 retention in ms, 7 the payload of the error marker of a job for which nobody waits any more
+-- ARGV: 1 prefix, 2 worker id, 3 most jobs, 4 run timeout in ms, 5 time to live of an unfinished job in ms, 6 how much
+--       of it is enough, 7 retention in ms, 8 the payload of the error marker of a job for which nobody waits any more
 -- Returns nothing if the worker holds no lease, since nobody would notice its death, or if the queue is paused.
 -- Otherwise a list of {job id, attempt, started ms, accepted ms, traceparent, tracestate, request, arq's job}; ids whose job
 -- is gone, has ended or must not start any more are dropped on the way. Of a job that was given up the list has {job id, 0}.
@@ -27,7 +27,7 @@ local function is_wanted(id, job)
   local since, looked = string.match(job[6] or '', '^(%d+) (%d+)$')
   if not since or now - tonumber(looked) > LOOKED_WITHIN_MS then since = int(now) end -- nobody knows what was in between
   if now - tonumber(since) >= GIVEN_UP_AFTER_MS then
-    end_from_outside(id, ARGV[7], 'cancelled', now, ARGV[6])
+    end_from_outside(id, ARGV[8], 'cancelled', now, ARGV[7])
     given_up[#given_up + 1] = {id, 0}
     return false
   end
@@ -36,40 +36,54 @@ local function is_wanted(id, job)
   return false
 end
 
-local claimed = {}
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMIT', 0, ARGV[3])) do
-  local job = redis.call('HMGET', job_key(id), 'status', 'attempt', 'opened', 'accepted_ms', 'waiters', 'unheard_ms',
+local claimed, ids, out_of_memory = {}, {}, false
+local most, ttl_ms, enough_ms = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local started, deadline = int(now), int(now + tonumber(ARGV[4]))
+local waiting = redis.call('ZRANGE', KEYS[1], 0, int(most), 'WITHSCORES') -- cheaper than by score
+for i = 1, math.min(2 * most, #waiting), 2 do
+  local id = waiting[i]
+  if tonumber(waiting[i + 1]) > now then break end
+  local record, stream = job_key(id), stream_key(id)
+  local job = redis.call('HMGET', record, 'status', 'attempt', 'opened', 'accepted_ms', 'waiters', 'unheard_ms',
                          'deadline_ms', 'tenant', 'kind', 'store', 'model', 'traceparent', 'tracestate')
   if job[1] ~= 'queued' or tonumber(job[7]) <= now then -- past its deadline it is the sweep's
     redis.call('ZREM', KEYS[1], id)
   elseif is_wanted(id, job) then
-    local attempt = int(tonumber(job[2]))
-    if job[3] ~= attempt then -- recovery has opened the attempt already, to fence the one before
-      attempt = int(tonumber(job[2]) + 1)
-      local opened = redis.pcall('XADD', stream_key(id), attempt .. '-0', 'open', worker)
+    local attempt = job[2]
+    if job[3] ~= attempt then -- otherwise recovery has opened it already, to fence the one before
+      attempt = int(tonumber(attempt) + 1)
+      local opened = redis.pcall('XADD', stream, attempt .. '-0', 'open', worker)
       if type(opened) == 'table' and opened.err then -- out of memory: keep what is claimed, leave the rest queued
         if #claimed == 0 then return opened end
+        out_of_memory = true
         break
       end
+      redis.call('PEXPIRE', stream, ARGV[5])
       redis.call('PUBLISH', stream_channel(id), attempt .. '-0 open ' .. worker)
     end
-    local deadline = int(now + tonumber(ARGV[4]))
-    redis.call('HSET', job_key(id), 'status', 'running', 'attempt', attempt, 'opened', attempt, 'worker', worker,
-               'started_ms', int(now), 'deadline_ms', deadline)
+    redis.call('HSET', record, 'status', 'running', 'attempt', attempt, 'opened', attempt, 'worker', worker,
+               'started_ms', started, 'deadline_ms', deadline)
     redis.call('ZREM', shelf_key(shelf_of(job[8], job[9], job[10], 'queued', '', job[11])), id)
-    put_on_shelf(shelf_of(job[8], job[9], job[10], 'running', '', job[11]), id, job[4], tonumber(ARGV[5]))
+    put_on_shelf(shelf_of(job[8], job[9], job[10], 'running', '', job[11]), id, job[4], ttl_ms)
     redis.call('ZADD', deadlines, deadline, id)
-    redis.call('SADD', worker_jobs_key(worker), id)
-    redis.call('PEXPIRE', worker_jobs_key(worker), ARGV[5])
-    for _, key in ipairs({job_key(id), request_key(id), attachments_key(id), stream_key(id), arq_job_key(id)}) do
-      redis.call('PEXPIRE', key, ARGV[5])
+    local request, arq_job = request_key(id), arq_job_key(id)
+    if redis.call('PTTL', record) < enough_ms then
+      for _, key in ipairs({record, request, attachments_key(id), stream, arq_job}) do
+        redis.call('PEXPIRE', key, ARGV[5])
+      end
     end
-    redis.call('ZREM', KEYS[1], id)
-    claimed[#claimed + 1] = {id, attempt, int(now), job[4], job[12], job[13],
-                             unpack(redis.call('MGET', request_key(id), arq_job_key(id)))}
+    ids[#ids + 1] = id
+    claimed[#claimed + 1] = {id, attempt, started, job[4], job[12], job[13],
+                             unpack(redis.call('MGET', request, arq_job))}
   end
 end
+if #ids > 0 then
+  redis.call('ZREM', KEYS[1], unpack(ids))
+  redis.call('SADD', worker_jobs_key(worker), unpack(ids))
+  redis.call('PEXPIRE', worker_jobs_key(worker), ARGV[5])
+end
 
-if redis.call('ZCOUNT', KEYS[1], '-inf', int(now)) > 0 then ring() else redis.call('DEL', bell) end
+local leaves_some = #waiting > 2 * most and tonumber(waiting[#waiting]) <= now
+if leaves_some or out_of_memory or #given_up > 0 then ring() else redis.call('DEL', bell) end
 for _, row in ipairs(given_up) do claimed[#claimed + 1] = row end
 return claimed

@@ -8,9 +8,9 @@
 -- (no record) | 'incomplete' (the attempt is not whole in the stream).
 
 local id, worker, attempt, kind = ARGV[2], ARGV[3], ARGV[4], ARGV[6]
-local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt', 'session')
-if not job[1] then return 'gone' end
-if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 'fenced' end
+local job = look_up(id)
+if not job.status then return 'gone' end
+if job.status ~= 'running' or job.worker ~= worker or job.attempt ~= attempt then return 'fenced' end
 local last = redis.call('XREVRANGE', stream_key(id), '+', '-', 'COUNT', 1)
 local said = tonumber(ARGV[5]) - 1
 local whole = #last == 1 and last[1][1] == attempt .. '-' .. int(said)
@@ -19,13 +19,12 @@ if not whole then return 'incomplete' end
 
 even_without_memory()
 local now = now_ms()
-end_job(id, attempt .. '-' .. ARGV[5], kind, ARGV[7], ARGV[8], now, ARGV[9])
+end_job(id, job, attempt .. '-' .. ARGV[5], kind, ARGV[7], ARGV[8], now, ARGV[9], unpack(ARGV, 14))
 if ARGV[13] ~= '' then redis.call('SET', times_key(id), ARGV[13], 'PX', ARGV[9]) end
-redis.call('HSET', KEYS[1], unpack(ARGV, 14))
-local session, state = job[4], ARGV[11]
+local session, state = job.session, ARGV[11]
 if kind == 'ok' and session ~= '' then
   if state ~= '' then redis.call('SET', session_key(session), state) end
   if ARGV[12] ~= '0' then redis.call('PEXPIRE', session_key(session), ARGV[12]) end
 end
-if ARGV[10] == '1' then release(id, now) else await_release(id, now) end
+if ARGV[10] == '1' then release(id, job, now) else await_release(id, now) end
 return 'done'

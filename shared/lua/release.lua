@@ -6,19 +6,19 @@
 
 even_without_memory()
 local id, worker, attempt = ARGV[2], ARGV[3], ARGV[4]
-local job = redis.call('HMGET', KEYS[1], 'status', 'worker', 'attempt')
-if not job[1] then -- the record has expired
+local job = look_up(id)
+if not job.status then -- the record has expired
   redis.call('ZREM', deadlines, id)
   take_from_unfinished(id)
 end
-if job[2] ~= worker then redis.call('SREM', worker_jobs_key(worker), id) end
-if job[2] ~= worker or job[3] ~= attempt then return 0 end
+if job.worker ~= worker then redis.call('SREM', worker_jobs_key(worker), id) end
+if job.worker ~= worker or job.attempt ~= attempt then return 0 end
 
 local now = now_ms()
-local ends = job[1] == 'running'
+local ends = job.status == 'running'
 if ends then
   note_entries(id)
-  end_job(id, int(tonumber(attempt) + 1) .. '-0', 'error', ARGV[5], 'failed', now, ARGV[6])
+  end_job(id, job, int(tonumber(attempt) + 1) .. '-0', 'error', ARGV[5], 'failed', now, ARGV[6])
 end
-release(id, now)
+release(id, job, now)
 return ends and 2 or 1

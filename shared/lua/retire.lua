@@ -5,9 +5,9 @@
 
 even_without_memory()
 for _, id in ipairs(redis.call('SMEMBERS', worker_jobs_key(ARGV[2]))) do
-  local status = redis.call('HGET', job_key(id), 'status')
-  if not status or is_terminal(status) then
-    release(id, now_ms())
+  local job = look_up(id)
+  if not job.status or is_terminal(job.status) then
+    release(id, job, now_ms())
     redis.call('SREM', worker_jobs_key(ARGV[2]), id)
   end
 end

@@ -29,6 +29,9 @@ if before and before[1] then
       if status == 'queued' and deadline > tonumber(before[4]) then
         redis.call('HSET', job_key(before_id), 'deadline_ms', int(deadline))
         redis.call('ZADD', deadlines, int(deadline), before_id)
+        for _, of_job in ipairs({job_key, request_key, attachments_key, arq_job_key}) do
+          redis.call('PEXPIRE', of_job(before_id), ttl_ms)
+        end
       end
     end
     return {'joined', before_id, before[2]}
@@ -39,9 +42,9 @@ if redis.call('ZCARD', deadlines) >= tonumber(ARGV[8]) then return 'queue_full' 
 if session ~= '' and redis.call('LLEN', turns_key(session)) >= tonumber(ARGV[9]) then return 'session_full' end
 
 local now = now_ms()
-local deadline = now + tonumber(ARGV[6])
+local at, deadline = int(now), int(now + tonumber(ARGV[6]))
 redis.call('HSET', KEYS[1], 'status', 'queued', 'session', session, 'attempt', '0', 'worker', '',
-           'accepted_ms', int(now), 'deadline_ms', int(deadline), unpack(ARGV, 14 + tonumber(ARGV[13])))
+           'accepted_ms', at, 'deadline_ms', deadline, unpack(ARGV, 14 + tonumber(ARGV[13])))
 redis.call('PEXPIRE', KEYS[1], ttl_ms)
 if ARGV[13] ~= '0' then
   redis.call('HSET', webhook_key(id), unpack(ARGV, 15, 13 + tonumber(ARGV[13])))
@@ -50,14 +53,14 @@ end
 redis.call('SET', request_key(id), ARGV[5], 'PX', ttl_ms)
 redis.call('PEXPIRE', attachments_key(id), ttl_ms)
 redis.call('SET', arq_job_key(id), ARGV[4], 'PX', ttl_ms)
-redis.call('ZADD', deadlines, int(deadline), id)
+redis.call('ZADD', deadlines, deadline, id)
 if once ~= '' then redis.call('SET', once_key(once), id .. ' ' .. ARGV[11], 'PX', ttl_ms) end
 
 local job, lasts_ms = {}, tonumber(ttl_ms)
 for i = 14 + tonumber(ARGV[13]), #ARGV, 2 do job[ARGV[i]] = ARGV[i + 1] end
-put_on_shelf(shelf_of(job.tenant, job.kind, job.store, 'queued', '', job.model), id, int(now), lasts_ms)
-if session ~= '' then put_among(session_jobs_key(session), id, int(now), lasts_ms) end
-put_among_pairs(job.tenant, job.pairs, id, int(now), lasts_ms)
+put_on_shelf(shelf_of(job.tenant, job.kind, job.store, 'queued', '', job.model), id, at, lasts_ms)
+if session ~= '' then put_among(session_jobs_key(session), id, at, lasts_ms) end
+put_among_pairs(job.tenant, job.pairs, id, at, lasts_ms)
 
 if session == '' then
   make_claimable(id, now)
@@ -68,4 +71,4 @@ else
   local head = redis.call('LINDEX', turns, 0)
   if head == id or redis.call('EXISTS', job_key(head)) == 0 then promote_next_turn(turns, now) end
 end
-return {'accepted', id, int(now)}
+return {'accepted', id, at}

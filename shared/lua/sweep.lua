@@ -23,10 +23,9 @@ end
 
 -- A lost worker's job: run it again if nothing was shown, otherwise end it, and fence the worker in both cases.
 local function recover(id, worker)
-  local job = redis.call('HMGET', job_key(id), 'status', 'worker', 'attempt', 'tenant', 'kind', 'store', 'model',
-                         'accepted_ms')
-  if job[1] == 'running' and job[2] == worker then
-    local attempt = tonumber(job[3])
+  local job = look_up(id)
+  if job.status == 'running' and job.worker == worker then
+    local attempt = tonumber(job.attempt)
     local last = redis.call('XREVRANGE', stream_key(id), '+', '-', 'COUNT', 1)
     local nothing_shown = #last == 1 and last[1][1] == int(attempt) .. '-0'
     if nothing_shown and attempt < tonumber(ARGV[5]) then
@@ -36,20 +35,20 @@ local function recover(id, worker)
                  'deadline_ms', deadline)
       note_lost(id, attempt, worker, now)
       redis.call('PUBLISH', stream_channel(id), opened .. '-0 open ')
-      redis.call('ZREM', shelf_key(shelf_of(job[4], job[5], job[6], 'running', '', job[7])), id)
-      put_on_shelf(shelf_of(job[4], job[5], job[6], 'queued', '', job[7]), id, job[8],
+      redis.call('ZREM', shelf_key(shelf_of(job.tenant, job.kind, job.store, 'running', '', job.model)), id)
+      put_on_shelf(shelf_of(job.tenant, job.kind, job.store, 'queued', '', job.model), id, job.accepted_ms,
                    redis.call('PTTL', job_key(id)))
       redis.call('ZADD', deadlines, deadline, id)
       make_claimable(id, now)
       swept[#swept + 1] = {id, 'retried'}
     else
       note_entries(id)
-      end_job(id, int(attempt + 1) .. '-0', 'error', ARGV[6], 'failed', now, retention_ms)
-      release(id, now)
+      end_job(id, job, int(attempt + 1) .. '-0', 'error', ARGV[6], 'failed', now, retention_ms)
+      release(id, job, now)
       swept[#swept + 1] = {id, 'worker_lost'}
     end
-  elseif is_terminal(job[1]) and job[2] == worker then
-    release(id, now)
+  elseif is_terminal(job.status) and job.worker == worker then
+    release(id, job, now)
   end
 end
 
@@ -99,7 +98,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', int(now), 'LIMI
     end_from_outside(id, nobody and ARGV[9] or ARGV[8], 'failed', now, retention_ms)
     swept[#swept + 1] = {id, nobody and 'no_worker' or 'queue_timeout'}
   else -- it has ended, and its worker has not said within RELEASE_MS that it stopped; or it has expired
-    release(id, now)
+    release(id, look_up(id), now)
   end
 end
 

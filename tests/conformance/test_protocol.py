@@ -12,7 +12,7 @@ from redis.exceptions import ResponseError
 
 import shared.store
 from shared.entries import BEGINNING, Entry, EntryId, ErrorMarker, Kind, OkMarker, Usage
-from shared.jobs import ARQ_FUNCTION, ErrorCode, Status, new_job_id
+from shared.jobs import ARQ_FUNCTION, ErrorCode, Join, Once, Status, new_job_id
 from shared.store import Claim, Ending, JobStore, QueueFullError, Swept
 from shared.text import json_bytes, parse_json
 from tests.conftest import Backend, MakeStore
@@ -210,6 +210,29 @@ async def test_a_running_job_is_kept_as_long_as_it_may_need(store: JobStore) -> 
         keys.worker_jobs(attempt.worker_id),
         f"{job_key_prefix}{job_id}",
     ):
+        assert UNFINISHED_S - 10 < await store.redis.ttl(name) <= UNFINISHED_S, name
+
+
+async def test_a_claim_renews_what_would_not_last_long_enough(store: JobStore) -> None:
+    """Such as after a change of the timeouts."""
+    job_id = await submitted(store)
+    names = [store.keys.job(job_id), store.keys.request(job_id), f"{job_key_prefix}{job_id}"]
+    for name in names:
+        await store.redis.expire(name, 60)
+    await (await a_worker(store)).claim_one()
+    for name in names:
+        assert UNFINISHED_S - 10 < await store.redis.ttl(name) <= UNFINISHED_S, name
+
+
+async def test_who_joins_a_job_and_lets_it_wait_longer_lets_it_be_kept_longer(store: JobStore) -> None:
+    once = Once(name="key:k", body_digest="d", join=Join.ALWAYS)
+    job_id = await submitted(store, once=once, is_waited_for=True, patience_ms=1000)
+    names = [store.keys.job(job_id), store.keys.request(job_id), f"{job_key_prefix}{job_id}"]
+    for name in names:
+        await store.redis.expire(name, 60)
+    joined = await store.submit(a_submission(once=once, is_waited_for=True))
+    assert (joined.job_id, joined.is_new) == (job_id, False)
+    for name in names:
         assert UNFINISHED_S - 10 < await store.redis.ttl(name) <= UNFINISHED_S, name
 
 

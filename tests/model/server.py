@@ -281,8 +281,10 @@ def _names() -> tuple[scripts.ScriptName, ...]:
 
 
 def _on_the_model_clock(name: scripts.ScriptName, mutation: tuple[str, str] | None) -> str:
-    text = scripts.source(name)
-    for old, new in ((_TIME, _CLOCK), *([mutation] if mutation else [])):
+    text = scripts.source(name).replace(_TIME, _CLOCK)
+    assert "'TIME'" not in text, f"{name} has a clock of its own"
+    if mutation:
+        old, new = mutation
         assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
         text = text.replace(old, new)
     return text

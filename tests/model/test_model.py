@@ -76,14 +76,14 @@ MUTATIONS: dict[str, tuple[scripts.ScriptName, str, str, Size, str]] = {
     ),
     "a claimed job stays in the queue": (
         "claim",
-        "    redis.call('ZREM', KEYS[1], id)\n    claimed",
-        "    claimed",
+        "  redis.call('ZREM', KEYS[1], unpack(ids))\n",
+        "",
         ONE,
         "the queue holds",
     ),
     "a claimed job has no slot": (
         "claim",
-        "redis.call('SADD', worker_jobs_key(worker), id)",
+        "redis.call('SADD', worker_jobs_key(worker), unpack(ids))",
         "",
         ONE,
         "is not held",
@@ -125,9 +125,9 @@ MUTATIONS: dict[str, tuple[scripts.ScriptName, str, str, Size, str]] = {
     ),
     "a zombie leaves session state": (
         "finish",
-        "if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 'fenced' end",
-        "if kind == 'ok' and ARGV[11] ~= '' then redis.call('SET', session_key(job[4]), ARGV[11]) end\n"
-        "if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 'fenced' end",
+        "if job.status ~= 'running' or job.worker ~= worker or job.attempt ~= attempt then return 'fenced' end",
+        "if kind == 'ok' and ARGV[11] ~= '' then redis.call('SET', session_key(job.session), ARGV[11]) end\n"
+        "if job.status ~= 'running' or job.worker ~= worker or job.attempt ~= attempt then return 'fenced' end",
         TURNS,
         "the session state is",
     ),
@@ -140,21 +140,21 @@ MUTATIONS: dict[str, tuple[scripts.ScriptName, str, str, Size, str]] = {
     ),
     "a cancelled turn frees its session while it runs": (
         "end",
-        "    await_release(id, now)\n    redis.call('PUBLISH', worker_channel(job[3]), 'stop ' .. id)",
-        "    release(id, now)",
+        "    await_release(id, now)\n    redis.call('PUBLISH', worker_channel(job.worker), 'stop ' .. id)",
+        "    release(id, job, now)",
         Size(sessions=("s",), cancels=(0,)),
         "may still be executed",
     ),
     "an agent that has not stopped frees its session": (
         "finish",
-        "if ARGV[10] == '1' then release(id, now) else await_release(id, now) end",
-        "release(id, now)",
+        "if ARGV[10] == '1' then release(id, job, now) else await_release(id, now) end",
+        "release(id, job, now)",
         Size(sessions=("",), endings=("stubborn",)),
         "may still be executed",
     ),
     "an old attempt is released as if it were the new one": (
         "release",
-        "if job[2] ~= worker or job[3] ~= attempt then return 0 end",
+        "if job.worker ~= worker or job.attempt ~= attempt then return 0 end",
         "",
         ONE,
         "",
@@ -168,8 +168,8 @@ MUTATIONS: dict[str, tuple[scripts.ScriptName, str, str, Size, str]] = {
     ),
     "a deadline outlives its job": (
         "sweep",
-        "  redis.call('ZREM', deadlines, id)\n  local job",
-        "  local job",
+        "  redis.call('ZREM', deadlines, id)\n  if not job.session",
+        "  if not job.session",
         ONE,
         "",
     ),

@@ -40,7 +40,7 @@ PER_ID = {
 
 
 def in_lua(expression: str, prefix: str, *args: str) -> str:
-    """What an expression is in a script that begins with the key names."""
+    """What an expression is in a script that begins with all key names."""
     with fakeredis.FakeRedis(server=fakeredis.FakeServer(version=(7,))) as redis:
         answer = redis.eval(f"{lua_names()}\nreturn {expression}", 0, prefix, *args)
     assert isinstance(answer, bytes)
