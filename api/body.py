@@ -46,7 +46,8 @@ async def read_json(request: Request, limit: int, *, default: Any = None) -> Any
     """
     _limit_body(request, limit)
     try:
-        body = await request.body()
+        # Not `request.body()`, which would keep the bytes for as long as the answer is streamed.
+        body = b"".join([chunk async for chunk in request.stream()])
         return default if not body and default is not None else parse_strangers_json(body)
     except ClientDisconnect as error:
         raise ClientGoneError from error
