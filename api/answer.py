@@ -57,6 +57,7 @@ class Answer:
 
     __slots__ = (
         "_is_client_gone",
+        "_last",
         "_may_come_back",
         "_push",
         "_relay",
@@ -82,6 +83,7 @@ class Answer:
         self._relay = Relay()
         self._is_client_gone = False
         self._push: Push | None = None
+        self._last: list[Entry] = []  # that came together with the marker
         self._tail: Tail | None = None  # that listens already
 
     def listen_by(self, tail: Tail) -> None:
@@ -89,9 +91,10 @@ class Answer:
         self._tail = tail
 
     async def entries(self, tail: Tail, timeout_s: float, push: Push | None = None) -> list[Entry]:
-        """The next entries to pass on; none after the timeout, or when `ending` is set. Raises ClientGoneError.
+        """The next entries to pass on, the last ones with `ending`; none after the timeout. Raises ClientGoneError.
 
-        With `push`, those that it would have to wait for are given to it instead, see `Tail.next`.
+        With `push`, those that it would have to wait for are given to it instead, see `Tail.next`; but for the last
+        ones, if they come together with the ending.
         """
         self._push = push
         try:
@@ -102,12 +105,14 @@ class Answer:
             return []
         if self._is_client_gone:
             raise ClientGoneError
-        return self._relay.accept(entries) if entries else entries
+        return self._relay.accept(entries) if entries else self._last
 
     def _push_accepted(self, entries: list[Entry]) -> bool:
-        relay = self._relay
-        accepted = relay.accept(entries)
-        return (not accepted or self._push(accepted)) and relay.ending is None  # type: ignore[misc]  # it is not None
+        accepted = self._relay.accept(entries)
+        if self._relay.ending is not None:
+            self._last = accepted
+            return False
+        return not accepted or self._push(accepted)  # type: ignore[misc]  # it is not None
 
     async def sleep(self, tail: Tail, seconds: float) -> None:
         """Raises ClientGoneError as soon as the client is gone."""

@@ -108,7 +108,7 @@ class StreamedAnswer(Response):
                 try:
                     if frames:
                         await self._send(server_send, frames)
-                    await self._relay_entries(tail, server_send)
+                    frames = await self._relay_entries(tail, server_send)
                 except asyncio.CancelledError:  # the server stops, and has waited long enough
                     if not self._is_sending and self._unsent is None:  # a frame that was cut must not be gone on with
                         await send({"type": "http.response.body", "body": self._encoder.broken(INTERRUPTED)})
@@ -116,7 +116,7 @@ class StreamedAnswer(Response):
         except (ClientGoneError, OSError):
             return
         with suppress(ClientGoneError):
-            await self._send_piece(server_send, self._last_frames(), more_body=False)
+            await self._send_piece(server_send, frames + self._last_frames(), more_body=False)
         if self.background is not None:
             await self.background()
 
@@ -151,7 +151,8 @@ class StreamedAnswer(Response):
                 self._last = self._encoder.broken(ending or INCOMPLETE)
         return self._last
 
-    async def _relay_entries(self, tail: Tail, send: Send) -> None:
+    async def _relay_entries(self, tail: Tail, send: Send) -> bytes:
+        """Returns the frames that were not sent, since they came together with the ending."""
         answer, encoder, now = self._answer, self._encoder, self._now
         ping_s, heartbeat_s = answer.settings.ping_interval_s, answer.settings.heartbeat_interval_s
         push = partial(self._push, send) if _sends_at_once(send) else None
@@ -169,9 +170,12 @@ class StreamedAnswer(Response):
                 elif now() >= self._sent_at + ping_s:
                     self._sent_at = now()
                     await self._send(send, PING)
+            if frames and answer.has_ended() and len(frames) <= SEND_BYTES:
+                return frames
             if frames:
                 self._said_at = self._sent_at = now()
                 await self._send(send, frames)
+        return b""
 
     def _push(self, send: Send, entries: list[Entry]) -> bool:
         """See `Tail.next`: sends the frames of some entries now. False if the client does not take them now."""
