@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
-from starlette.types import Receive
+from starlette.requests import Request
+from starlette.types import Receive, Scope
 
 from api.errors import ClientGoneError, JobFailedError
 from api.observe import observed
+from api.protocol import connection_of
 from api.relay import INCOMPLETE, Relay
 from api.services import Services
+from api.submit import submit
 from api.tail import Push, StreamExpiredError, StreamUnreachableError, Tail, TailError
 from shared.connection import FAILURES
 from shared.entries import Entry, ErrorMarker, OkMarker
-from shared.jobs import ErrorCode
-from shared.store import Left
+from shared.jobs import ErrorCode, Submission
+from shared.store import Accepted, Left
 
 log = structlog.get_logger(__name__)
 
@@ -26,8 +30,44 @@ COME_BACK_WITHIN_S = 0.9  # the SDKs try again after up to 0.5 s; an agent is to
 INTERRUPTED = ErrorMarker(ErrorCode.STREAM_INTERRUPTED, "The server was stopped before the answer was complete.")
 
 
+async def submit_and_listen(
+    services: Services, job: Submission, attachments: list[bytes], *, waits: bool, may_come_back: bool
+) -> tuple[Accepted, Answer]:
+    """Queues a job, or joins that of the same request before it; and the answer, which has to be followed.
+
+    A new job is listened to from before its beginning, so that nobody has to read its stream. Raises as `submit`.
+    """
+    tail = services.switchboard.follow(job.job_id)
+    tail.begin(before_job=True)
+    try:
+        accepted = await submit(services, job, attachments)
+    except BaseException:
+        tail.end()
+        raise
+    answer = Answer(services, accepted.job_id, waits=waits, may_come_back=may_come_back)
+    if accepted.is_new:
+        answer.listen_by(tail)
+    else:
+        tail.end()
+    return accepted, answer
+
+
 class Answer:
     """What one client gets of a job. Made for each request; not for concurrent use."""
+
+    __slots__ = (
+        "_is_client_gone",
+        "_last",
+        "_may_come_back",
+        "_push",
+        "_relay",
+        "_services",
+        "_tail",
+        "_waits",
+        "has_been_told",
+        "job_id",
+        "settings",
+    )
 
     def __init__(self, services: Services, job_id: str, *, waits: bool = False, may_come_back: bool = False) -> None:
         """`waits`: the client is one of those that the job runs for; without the last of them it is cancelled.
@@ -41,36 +81,44 @@ class Answer:
         self._waits = waits
         self._may_come_back = may_come_back
         self._relay = Relay()
-        self._client_gone = asyncio.Event()
+        self._is_client_gone = False
+        self._push: Push | None = None
+        self._last: list[Entry] = []  # that came together with the marker
+        self._tail: Tail | None = None  # that listens already
+
+    def listen_by(self, tail: Tail) -> None:
+        """`follow` goes on with this tail, which has begun, and ends it."""
+        self._tail = tail
 
     async def entries(self, tail: Tail, timeout_s: float, push: Push | None = None) -> list[Entry]:
-        """The next entries to pass on; none after the timeout, or when `ending` is set. Raises ClientGoneError.
+        """The next entries to pass on, the last ones with `ending`; none after the timeout. Raises ClientGoneError.
 
-        With `push`, those that it would have to wait for are given to it instead, see `Tail.next`.
+        With `push`, those that it would have to wait for are given to it instead, see `Tail.next`; but for the last
+        ones, if they come together with the ending.
         """
-
-        def push_accepted(entries: list[Entry]) -> bool:
-            accepted = self._relay.accept(entries)
-            return (not accepted or push(accepted)) and self._relay.ending is None  # type: ignore[misc]  # it is not None
-
+        self._push = push
         try:
-            entries = await tail.next(timeout_s, push_accepted if push is not None else None)
+            entries = await tail.next(timeout_s, self._push_accepted if push is not None else None)
         except TailError as error:
             self._relay.ending = _explain(error)
             log.warning("relay_failed", job=self.job_id, code=self._relay.ending.code, reason=repr(error))
             return []
-        if self._client_gone.is_set():
+        if self._is_client_gone:
             raise ClientGoneError
-        return self._relay.accept(entries)
+        return self._relay.accept(entries) if entries else self._last
 
-    async def sleep(self, seconds: float) -> None:
+    def _push_accepted(self, entries: list[Entry]) -> bool:
+        accepted = self._relay.accept(entries)
+        if self._relay.ending is not None:
+            self._last = accepted
+            return False
+        return not accepted or self._push(accepted)  # type: ignore[misc]  # it is not None
+
+    async def sleep(self, tail: Tail, seconds: float) -> None:
         """Raises ClientGoneError as soon as the client is gone."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._client_gone.wait()
-        except TimeoutError:
-            return
-        raise ClientGoneError
+        await tail.sleep(seconds)
+        if self._is_client_gone:
+            raise ClientGoneError
 
     @property
     def ending(self) -> OkMarker | ErrorMarker | None:
@@ -85,28 +133,34 @@ class Answer:
         return self._relay.ending is not None
 
     @asynccontextmanager
-    async def follow(self, receive: Receive) -> AsyncIterator[Tail]:
+    async def follow(self, scope: Scope, receive: Receive) -> AsyncIterator[Tail]:
         """The job's tail, watched over: if the client goes away before the ending, it waits for the job no longer."""
-        following = self._services.switchboard.follow(self.job_id)
-        async with observed(self.job_id, lambda: self.ending), following as tail:
-            watch = asyncio.create_task(self._watch_client(receive, tail))
-            try:
-                yield tail
-            except asyncio.CancelledError:
-                await asyncio.shield(self._leave("The server was stopped while the client waited."))
-                raise
-            except (ClientGoneError, OSError):
-                await self._leave("The client went away.", may_come_back=self._may_come_back and not self.has_been_told)
-                raise
-            finally:
-                watch.cancel()
-                await asyncio.gather(watch, return_exceptions=True)
+        tail = self._tail
+        if tail is None:
+            tail = self._services.switchboard.follow(self.job_id)
+            tail.begin()
+        watch_no_longer = _watch(scope, receive, partial(self._client_left, tail))
+        try:
+            async with observed(self.job_id, self._ended):
+                try:
+                    yield tail
+                except asyncio.CancelledError:
+                    await asyncio.shield(self._leave("The server was stopped while the client waited."))
+                    raise
+                except (ClientGoneError, OSError):
+                    may_come_back = self._may_come_back and not self.has_been_told
+                    await self._leave("The client went away.", may_come_back=may_come_back)
+                    raise
+        finally:
+            watch_no_longer()
+            tail.end()
 
-    async def _watch_client(self, receive: Receive, tail: Tail) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._client_gone.set()
+    def _client_left(self, tail: Tail) -> None:
+        self._is_client_gone = True
         tail.interrupt()
+
+    def _ended(self) -> OkMarker | ErrorMarker | None:
+        return self._relay.ending
 
     async def _leave(self, why: str, *, may_come_back: bool = False) -> None:
         if not self._waits or self.ending is not None:
@@ -124,23 +178,37 @@ class Answer:
         await asyncio.sleep(COME_BACK_WITHIN_S)
         await self._leave(why)
 
-    async def whole(self, receive: Receive) -> tuple[list[Entry], OkMarker]:
+    async def whole(self, request: Request) -> tuple[list[Entry], OkMarker]:
         """All of it. Raises JobFailedError for every ending but a verified `ok`, or ClientGoneError."""
         try:
-            entries, ending = await self.to_its_end(receive)
+            entries, ending = await self.to_its_end(request)
         except asyncio.CancelledError as stopped:  # the server stops, and has waited long enough
             raise JobFailedError(INTERRUPTED) from stopped
         if not isinstance(ending, OkMarker):
             raise JobFailedError(ending)
         return entries, ending
 
-    async def to_its_end(self, receive: Receive) -> tuple[list[Entry], OkMarker | ErrorMarker]:
+    async def to_its_end(self, request: Request) -> tuple[list[Entry], OkMarker | ErrorMarker]:
         """What was said, and how it ended, whatever that is. Raises ClientGoneError."""
         entries: list[Entry] = []
-        async with self.follow(receive) as tail:
+        async with self.follow(request.scope, request.receive) as tail:
             while not self.has_ended():
                 entries += await self.entries(tail, self.settings.ping_interval_s)
         return entries, self.ending or INCOMPLETE
+
+
+def _watch(scope: Scope, receive: Receive, gone: Callable[[], None]) -> Callable[[], object]:
+    """Calls `gone` when the client goes away, until what this returns is called."""
+    if (connection := connection_of(scope)) is not None:
+        connection.watch(gone)
+        return partial(connection.watch, None)
+    return asyncio.create_task(_wait_for_disconnect(receive, gone)).cancel  # ASGI tells it to whoever waits for it
+
+
+async def _wait_for_disconnect(receive: Receive, gone: Callable[[], None]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone()
 
 
 def _explain(error: TailError) -> ErrorMarker:

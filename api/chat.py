@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answer import Answer
+from api.answer import Answer, submit_and_listen
 from api.attachments import Detached, detach, media_parts
 from api.body import read_chat_body
 from api.chat_request import StreamOptions, parse_chat_request, submission
@@ -17,7 +16,7 @@ from api.once import is_from_sdk, once, patience_ms
 from api.services import services_of
 from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
-from api.submit import check_uploaded, forget, submit
+from api.submit import check_uploaded, when_delivered
 from api.system import check_model
 from api.webhook_request import webhook_target
 from shared.jobs import JobKind, new_job_id
@@ -50,13 +49,14 @@ async def create_completion(request: Request) -> Response:
         once=await once(request, body),
         webhook=webhook_target(chat.webhook, settings),
     )
-    accepted = await submit(services, job, detached.attachments)
-    answer = Answer(services, accepted.job_id, waits=is_waited_for, may_come_back=is_from_sdk(request))
-    delivered = BackgroundTask(forget, services, job, accepted.job_id)
+    accepted, answer = await submit_and_listen(
+        services, job, detached.attachments, waits=is_waited_for, may_come_back=is_from_sdk(request)
+    )
+    delivered = when_delivered(services, job, accepted.job_id)
     if chat.stream:
         encoder = _encoder(chat.stream_options, accepted.job_id, accepted.created_s, job.model)
         return StreamedAnswer(answer, encoder, background=delivered)
-    entries, ok = await answer.whole(request.receive)
+    entries, ok = await answer.whole(request)
     whole = completion(
         entries,
         ok,

@@ -10,7 +10,7 @@ The shapes are those of docs/protocol.md, measured against the SDKs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -23,12 +23,25 @@ DONE = b"data: [DONE]\n\n"
 
 EMPTY_ANSWER = "I completed the request but have no answer to show. Please try again or narrow the task."
 
-_OPEN = Kind.OPEN  # looking a member up costs more than comparing it
+_OPEN, _DELTA, _REASONING = Kind.OPEN, Kind.DELTA, Kind.REASONING  # looking a member up costs more than comparing it
 _ROLE = b'"role":"assistant",'
 
 
 class ChunkEncoder:
     """The frames of one streamed completion."""
+
+    __slots__ = (
+        "_delta_end",
+        "_delta_head",
+        "_finish_end",
+        "_head",
+        "_include_sequence_numbers",
+        "_include_tool_events",
+        "_include_usage",
+        "_role",
+        "_starting_after",
+        "number",
+    )
 
     def __init__(
         self,
@@ -67,8 +80,10 @@ class ChunkEncoder:
         """Nothing: the first chunk carries content."""
         return b""
 
-    def frames(self, entries: Iterable[Entry]) -> bytes:
+    def frames(self, entries: Sequence[Entry]) -> bytes:
         """The chunks of entries that the relay has passed on."""
+        if len(entries) == 1:
+            return self._frame(entries[0])
         return b"".join([self._frame(entry) for entry in entries])
 
     def _frame(self, entry: Entry) -> bytes:
@@ -79,20 +94,19 @@ class ChunkEncoder:
         if self.number <= self._starting_after:
             return b""
         extra = b""
-        match kind:
-            case Kind.DELTA:
-                field = b'"content":' + json_bytes(bytes_text(entry.payload))
-            case Kind.REASONING:
-                field = b'"reasoning_content":' + json_bytes(bytes_text(entry.payload))
-            case Kind.TOOL_CALL:
-                field = b'"tool_calls":[' + entry.payload + b"]"
-            case Kind.TOOL if self._include_tool_events:  # a chunk that is empty for clients that do not know the field
-                field, extra = b"", b',"tool_event":' + entry.payload
-            case _:
-                return b""
-        role, self._role = self._role, b""
-        delta = role + field if field else role.rstrip(b",")
-        return self._delta_head + delta + self._delta_end + extra + self._chunk_tail()
+        if kind is _DELTA:
+            field = b'"content":' + json_bytes(bytes_text(entry.payload))
+        elif kind is _REASONING:
+            field = b'"reasoning_content":' + json_bytes(bytes_text(entry.payload))
+        elif kind is Kind.TOOL_CALL:
+            field = b'"tool_calls":[' + entry.payload + b"]"
+        elif kind is Kind.TOOL and self._include_tool_events:
+            field, extra = b"", b',"tool_event":' + entry.payload  # it is empty for clients that do not know the field
+        else:
+            return b""
+        if self._role:
+            field, self._role = self._role + field if field else self._role.rstrip(b","), b""
+        return self._delta_head + field + self._delta_end + extra + self._chunk_tail()
 
     def _chunk_tail(self) -> bytes:
         return b',"sequence_number":%d}\n\n' % self.number if self._include_sequence_numbers else b"}\n\n"

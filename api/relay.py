@@ -20,6 +20,8 @@ Ending = OkMarker | ErrorMarker
 class Relay:
     """One reader's judgement of one job's stream, from its beginning."""
 
+    __slots__ = ("_tally", "ending", "is_the_jobs")
+
     def __init__(self) -> None:
         self.ending: Ending | None = None  # set once; what the client is to be told
         self.is_the_jobs = False  # whether the job has ended so; otherwise it is only what this reader has found

@@ -17,6 +17,7 @@ from api.answer import INTERRUPTED, Answer
 from api.errors import ClientGoneError
 from api.relay import INCOMPLETE
 from api.sse import PING, SSE_HEADERS, FrameEncoder
+from api.tail import Tail
 from shared.entries import Entry, Kind, OkMarker
 
 LONGEST_PAUSE_S = 60.0  # however long the pause was, and however slow the replay is
@@ -33,10 +34,10 @@ class ReplayedAnswer(Response):
         self._offsets_ms = offsets_ms
         self._speed = speed
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer, encoder = self._answer, self._encoder
         try:
-            async with answer.follow(receive) as tail:
+            async with answer.follow(scope, receive) as tail:
                 await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
                 try:
                     await self._say(send, encoder.opening())
@@ -44,7 +45,7 @@ class ReplayedAnswer(Response):
                     while not answer.has_ended():
                         for entry in await answer.entries(tail, answer.settings.ping_interval_s):
                             at_ms = self._offset_ms(entry, said_ms)
-                            await self._pause(send, (at_ms - said_ms) / 1000 / self._speed)
+                            await self._pause(tail, send, (at_ms - said_ms) / 1000 / self._speed)
                             said_ms = at_ms
                             await self._say(send, encoder.frames([entry]))
                 except asyncio.CancelledError:
@@ -68,12 +69,12 @@ class ReplayedAnswer(Response):
         place = entry.id.sequence - 1
         return self._offsets_ms[place] if entry.kind is not Kind.OPEN and place < len(self._offsets_ms) else said_ms
 
-    async def _pause(self, send: Send, pause_s: float) -> None:
+    async def _pause(self, tail: Tail, send: Send, pause_s: float) -> None:
         """Raises ClientGoneError as soon as nobody listens any more."""
         left_s = min(pause_s, LONGEST_PAUSE_S)
         while left_s > 0:
             part_s = min(left_s, self._answer.settings.ping_interval_s)
-            await self._answer.sleep(part_s)
+            await self._answer.sleep(tail, part_s)
             left_s -= part_s
             if left_s > 0:
                 await self._say(send, PING)

@@ -45,7 +45,7 @@ async def stored_messages(request: Request, job: JobRecord) -> list[Message]:
 
 async def stored_answer(request: Request, job: JobRecord) -> tuple[list[Entry], OkMarker | ErrorMarker]:
     """What a job that has ended has said. Raises GoneError or QueueUnreachableError if it cannot be read as a whole."""
-    entries, ending = await Answer(services_of(request), job.job_id).to_its_end(request.receive)
+    entries, ending = await Answer(services_of(request), job.job_id).to_its_end(request)
     if isinstance(ending, ErrorMarker) and ending != job.error:  # it tells of the reader, not of the job
         if ending.code == ErrorCode.STREAM_UNREACHABLE:
             raise QueueUnreachableError(may_have_started=False)

@@ -6,11 +6,10 @@ import asyncio
 from dataclasses import replace
 
 import structlog
-from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answer import Answer
+from api.answer import Answer, submit_and_listen
 from api.attachments import Detached, detach
 from api.body import read_json
 from api.errors import ApiError, InvalidRequestError
@@ -37,10 +36,10 @@ from api.response_request import (
 from api.services import JSONResponse, reachable, services_of
 from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
-from api.submit import check_uploaded, forget, submit
+from api.submit import check_uploaded, submit, when_delivered
 from api.system import check_model
 from api.webhook_request import webhook_target
-from shared.jobs import JobKind, new_job_id
+from shared.jobs import JobKind, Submission, new_job_id
 from shared.store import Deletion
 
 log = structlog.get_logger(__name__)
@@ -74,16 +73,26 @@ async def create(request: Request) -> Response:
         once=await once(request, body),
         webhook=webhook_target(asked.webhook, settings),
     )
-    accepted = await submit(services, job, detached.attachments)
+    if asked.background and not asked.stream:
+        return await _begun(request, job, detached)
+    accepted, answer = await submit_and_listen(
+        services, job, detached.attachments, waits=is_waited_for, may_come_back=is_from_sdk(request)
+    )
     head = ResponseHead.of_submission(job, job_id=accepted.job_id, created_s=accepted.created_s)
-    delivered = BackgroundTask(forget, services, job, accepted.job_id)
-    answer = Answer(services, accepted.job_id, waits=is_waited_for, may_come_back=is_from_sdk(request))
+    delivered = when_delivered(services, job, accepted.job_id)
     if asked.stream:
         return StreamedAnswer(answer, ResponseEncoder(head), background=delivered)
-    if not asked.background:
-        entries, ok = await answer.whole(request.receive)
-        return JSONResponse(ended_response(head, entries, ok), background=delivered)
+    entries, ok = await answer.whole(request)
+    return JSONResponse(ended_response(head, entries, ok), background=delivered)
+
+
+async def _begun(request: Request, job: Submission, detached: Detached) -> Response:
+    """A response that runs in the background, and that nobody listens to yet."""
+    services = services_of(request)
+    accepted = await submit(services, job, detached.attachments)
+    delivered = when_delivered(services, job, accepted.job_id)
     if accepted.is_new:
+        head = ResponseHead.of_submission(job, job_id=accepted.job_id, created_s=accepted.created_s)
         return JSONResponse(head.response("queued"), background=delivered)
     return JSONResponse(
         await stored_response(request, await find_job(request, job_id=accepted.job_id)), background=delivered

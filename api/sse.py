@@ -11,8 +11,7 @@ Rule 3: while the client takes what it is sent, frames are made and sent in the 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import coroutine
@@ -24,6 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from api.answer import INTERRUPTED, Answer
 from api.errors import ApiError, ClientGoneError, GoneError, InvalidRequestError, JobFailedError
+from api.protocol import SERVER_SEND as SERVER_SEND  # for api/app.py
 from api.relay import INCOMPLETE
 from api.tail import Tail
 from shared.entries import Entry, ErrorMarker, OkMarker
@@ -31,7 +31,6 @@ from shared.jobs import ErrorCode
 
 SEND_BYTES = 64 * 1024  # of a stream that are handed over at a time, and waited for
 PING = b": ping\n\n"
-SERVER_SEND = "endmark.server_send"  # in the scope: the server's own `send`, without what middleware does at the start
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -55,7 +54,7 @@ class FrameEncoder(Protocol):
     def opening(self) -> bytes:
         """What is said before the first entry."""
 
-    def frames(self, entries: Iterable[Entry]) -> bytes:
+    def frames(self, entries: Sequence[Entry]) -> bytes:
         """The next entries."""
 
     def heartbeat(self) -> bytes:
@@ -86,28 +85,30 @@ class StreamedAnswer(Response):
 
         `background`: what is to be done once everything was sent.
         """
-        super().__init__(background=background)
+        # Not what starlette's own has in `__init__`: status, headers and body of an answer that is there already.
+        self.background = background
         self._answer = answer
         self._encoder = encoder
         self._starting_after = starting_after
         self._last: bytes | None = None  # the last frames, once they are made
         self._is_sending = False  # whether a part of some frames was sent, and another was not
-        self._ping_at = self._heartbeat_at = 0.0  # of time.monotonic
+        self._now = asyncio.get_running_loop().time
+        self._said_at = self._sent_at = 0.0  # when a frame, and when anything, was last sent
         self._unsent: Callable[[], Awaitable[None]] | None = None  # the rest of a push that the client was too slow for
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises InvalidRequestError, GoneError or JobFailedError before anything is sent."""
         try:
-            async with self._answer.follow(receive) as tail:
+            server_send = scope.get(SERVER_SEND, send)
+            async with self._answer.follow(scope, receive) as tail:
                 frames = self._encoder.opening()
                 if self._starting_after is not None:
                     frames += await self._catch_up(tail, self._starting_after)
                 await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
                 try:
-                    server_send = scope.get(SERVER_SEND, send)
                     if frames:
                         await self._send(server_send, frames)
-                    await self._relay_entries(tail, server_send)
+                    frames = await self._relay_entries(tail, server_send)
                 except asyncio.CancelledError:  # the server stops, and has waited long enough
                     if not self._is_sending and self._unsent is None:  # a frame that was cut must not be gone on with
                         await send({"type": "http.response.body", "body": self._encoder.broken(INTERRUPTED)})
@@ -115,7 +116,7 @@ class StreamedAnswer(Response):
         except (ClientGoneError, OSError):
             return
         with suppress(ClientGoneError):
-            await self._wait_for(send({"type": "http.response.body", "body": self._last_frames()}))
+            await self._send_piece(server_send, frames + self._last_frames(), more_body=False)
         if self.background is not None:
             await self.background()
 
@@ -150,41 +151,47 @@ class StreamedAnswer(Response):
                 self._last = self._encoder.broken(ending or INCOMPLETE)
         return self._last
 
-    async def _relay_entries(self, tail: Tail, send: Send) -> None:
-        answer, encoder, now = self._answer, self._encoder, time.monotonic
-
-        def push(entries: list[Entry]) -> bool:
-            frames = encoder.frames(entries)
-            if frames:
-                self._said_something()
-                answer.has_been_told = True
-                if len(frames) > SEND_BYTES:
-                    self._unsent = partial(self._send, send, frames)
-                elif (rest := _begin(send, frames)) is not None:
-                    self._unsent = partial(self._wait_for, rest)
-            return self._unsent is None
-
-        may_push = push if _sends_at_once(send) else None
-        self._said_something()
+    async def _relay_entries(self, tail: Tail, send: Send) -> bytes:
+        """Returns the frames that were not sent, since they came together with the ending."""
+        answer, encoder, now = self._answer, self._encoder, self._now
+        ping_s, heartbeat_s = answer.settings.ping_interval_s, answer.settings.heartbeat_interval_s
+        push = partial(self._push, send) if _sends_at_once(send) else None
+        self._said_at = self._sent_at = now()
         while not answer.has_ended():
-            entries = await answer.entries(tail, max(0.0, min(self._ping_at, self._heartbeat_at) - now()), may_push)
+            due_at = min(self._sent_at + ping_s, self._said_at + heartbeat_s)
+            entries = await answer.entries(tail, max(0.0, due_at - now()), push)
             if self._unsent is not None:
                 unsent, self._unsent = self._unsent, None
                 await unsent()
-            frames = encoder.frames(entries)
-            if not frames and now() >= self._heartbeat_at and not answer.has_ended():
-                frames = encoder.heartbeat()
+            frames = encoder.frames(entries) if entries else b""
+            if not frames and not answer.has_ended():
+                if now() >= self._said_at + heartbeat_s:
+                    frames = encoder.heartbeat()
+                elif now() >= self._sent_at + ping_s:
+                    self._sent_at = now()
+                    await self._send(send, PING)
+            if frames and answer.has_ended() and len(frames) <= SEND_BYTES:
+                return frames
             if frames:
-                self._said_something()
+                self._said_at = self._sent_at = now()
                 await self._send(send, frames)
-            elif now() >= self._ping_at and not answer.has_ended():
-                self._ping_at = now() + answer.settings.ping_interval_s
-                await self._send(send, PING)
+        return b""
 
-    def _said_something(self) -> None:
-        now = time.monotonic()
-        self._ping_at = now + self._answer.settings.ping_interval_s
-        self._heartbeat_at = now + self._answer.settings.heartbeat_interval_s
+    def _push(self, send: Send, entries: list[Entry]) -> bool:
+        """See `Tail.next`: sends the frames of some entries now. False if the client does not take them now."""
+        frames = self._encoder.frames(entries)
+        if not frames:
+            return True
+        self._said_at = self._sent_at = self._now()
+        self._answer.has_been_told = True
+        if len(frames) > SEND_BYTES:
+            self._unsent = partial(self._send, send, frames)
+            return False
+        rest = _begin(send, frames)
+        if rest is None:
+            return True
+        self._unsent = partial(self._wait_for, rest)
+        return False
 
     async def _send(self, send: Send, frames: bytes) -> None:
         """Raises ClientGoneError if the client takes nothing for the stall timeout.
@@ -193,11 +200,13 @@ class StreamedAnswer(Response):
         """
         self._answer.has_been_told = True
         for start in range(0, len(frames), SEND_BYTES):
-            piece = frames[start : start + SEND_BYTES]
-            if not _sends_at_once(send):
-                await self._wait_for(send(_part(piece)))
-            elif (rest := _begin(send, piece)) is not None:
-                await self._wait_for(rest)
+            await self._send_piece(send, frames[start : start + SEND_BYTES])
+
+    async def _send_piece(self, send: Send, piece: bytes, *, more_body: bool = True) -> None:
+        if not _sends_at_once(send):
+            await self._wait_for(send(_part(piece, more_body=more_body)))
+        elif (rest := _begin(send, piece, more_body=more_body)) is not None:
+            await self._wait_for(rest)
 
     async def _wait_for(self, sending: Awaitable[None]) -> None:
         """Waits for a client that does not take at once what it is sent. Raises ClientGoneError."""
@@ -210,8 +219,8 @@ class StreamedAnswer(Response):
         self._is_sending = False
 
 
-def _part(frames: bytes) -> Message:
-    return {"type": "http.response.body", "body": frames, "more_body": True}
+def _part(frames: bytes, *, more_body: bool) -> Message:
+    return {"type": "http.response.body", "body": frames, "more_body": more_body}
 
 
 def _sends_at_once(send: Send) -> bool:
@@ -219,9 +228,9 @@ def _sends_at_once(send: Send) -> bool:
     return type(getattr(send, "__self__", None)).__module__.startswith("uvicorn.")
 
 
-def _begin(send: Send, frames: bytes) -> Awaitable[None] | None:
+def _begin(send: Send, frames: bytes, *, more_body: bool = True) -> Awaitable[None] | None:
     """Sends frames if the client takes them now. Otherwise returns what has to be awaited, and sends them then."""
-    sending = cast("Coroutine[Any, Any, None]", send(_part(frames)))
+    sending = cast("Coroutine[Any, Any, None]", send(_part(frames, more_body=more_body)))
     try:
         waits_for = sending.send(None)
     except StopIteration:

@@ -167,7 +167,7 @@ async def _completion(request: Request, job: JobRecord) -> tuple[dict[str, Any],
     """The verified answer of a job, and its size in bytes. Raises NotFinishedError, JobFailedError or GoneError."""
     _check_succeeded(job)
     try:
-        entries, ok = await Answer(services_of(request), job.job_id).whole(request.receive)
+        entries, ok = await Answer(services_of(request), job.job_id).whole(request)
     except JobFailedError as error:
         raise CANNOT_BE_READ.get(error.marker.code, JobFailedError)(error.marker) from error
     whole = completion(

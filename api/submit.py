@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import structlog
 from redis.exceptions import ResponseError
+from starlette.background import BackgroundTask
 
 from api.attachments import Detached
 from api.errors import (
@@ -21,7 +22,7 @@ from api.services import Services
 from shared import metrics
 from shared.connection import FAILURES, FIRST_RETRY_S, passes
 from shared.files import FileStoreFullError
-from shared.jobs import Join, Submission
+from shared.jobs import Join, Once, Submission
 from shared.store import Accepted
 from shared.store import OtherBodyError as StoreOtherBodyError
 from shared.store import QueueFullError as StoreQueueFullError
@@ -88,12 +89,17 @@ async def submit(services: Services, job: Submission, attachments: list[bytes]) 
     return accepted
 
 
-async def forget(services: Services, job: Submission, job_id: str) -> None:
-    """The client has its answer: what looks like the same request from now on is another one."""
+def when_delivered(services: Services, job: Submission, job_id: str) -> BackgroundTask | None:
+    """What is to be done once the client has its answer. It holds nothing of the request, which may be megabytes."""
     if job.once is None or job.once.join is Join.ALWAYS:
-        return
+        return None
+    return BackgroundTask(_forget, services, job.tenant, job.once, job_id)
+
+
+async def _forget(services: Services, tenant: str, once: Once, job_id: str) -> None:
+    """What looks like the same request from now on is another one."""
     try:
-        await services.store.forget(job.tenant, job.once, job_id)
+        await services.store.forget(tenant, once, job_id)
     except FAILURES as error:  # then a retry that never reached us the first time may get this answer
         log.warning("forget_failed", job=job_id, reason=str(error))
 

@@ -3,7 +3,9 @@
 Rule 1: the stream is the truth. Pub/sub carries the same entries faster, and is believed only where it continues what
         the stream has told.
 Rule 2: a reader reads the stream when it begins, after every (re)connection of pub/sub, when an entry does not follow
-        the one before, and when nothing has come for a while but the stream has something to tell.
+        the one before, and when nothing has come for a while but the stream has something to tell. One that listens
+        from before its job exists has missed nothing if it hears the opening: it reads at first only if it soon has
+        not heard that.
 Rule 3: an entry that is missing from the stream itself is an error, never skipped.
 Rule 4: a reader that waits may have what it waits for pushed: then an entry reaches it in the very turn of the event
         loop in which it was heard. What cannot be pushed ends the wait, and the reader goes on as rule 2 says.
@@ -18,9 +20,7 @@ Errors:
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,10 +39,11 @@ log = structlog.get_logger(__name__)
 PAGE_ENTRIES = 100  # how many entries one read returns at most, but for a pack
 PAGE_BYTES = 1024 * 1024  # what one read is to return, as far as the entries before it foretell
 QUIET_S = 15.0  # how long a silent stream is trusted to be silent; then one question is asked for all that are
-LATE_S = 5.0  # how long after that a reader waits for the answer before it asks for itself
+LATE_S = 5.0  # how long after that a reader waits for the answer before it reads for itself
 LOOK_STREAMS = 500  # how many silent streams one question is asked for
-DEAF_S = 0.25  # the same while pub/sub is not connected
+DEAF_S = 0.25  # the same while the subscription is not confirmed, or not even the opening of a new job was heard
 RECONNECT_S = 0.1
+CLOCK_S = 0.001  # the tick of the loop's clock: a timer may be early by a part of one
 GOODBYE_S = 2.0  # how long a stopping process waits for its last readers
 HEARD_BYTES = 1024 * 1024  # what a slow reader may have waiting in memory; the rest waits in Redis
 
@@ -68,21 +69,66 @@ class StreamUnreachableError(TailError):
 
 
 class Tail:
-    """One reader of one stream. Made by `Switchboard.follow`; not for concurrent use."""
+    """One reader of one stream, an async context manager. Made by `Switchboard.follow`; not for concurrent use."""
 
-    def __init__(self, switchboard: Switchboard, job_id: str, cursor: EntryId) -> None:
+    __slots__ = (
+        "_heard",
+        "_heard_bytes",
+        "_is_interrupted",
+        "_is_new",
+        "_is_subscribed",
+        "_must_read",
+        "_page_rows",
+        "_push",
+        "_push_failed",
+        "_switchboard",
+        "_waiter",
+        "channel",
+        "cursor",
+        "job_id",
+        "trusted_at",
+    )
+
+    def __init__(self, switchboard: Switchboard, job_id: str, channel: bytes, cursor: EntryId) -> None:
         self.job_id = job_id
+        self.channel = channel
         self.cursor = cursor
+        self.trusted_at = 0.0  # of the loop's clock: when something was last heard or read
         self._switchboard = switchboard
         self._heard: list[Entry] = []
         self._heard_bytes = 0
         self._page_rows = PAGE_ENTRIES
         self._must_read = True
-        self._trusted_at = 0.0  # of the loop's clock: when something was last heard or read
-        self._interrupted = asyncio.Event()
-        self._woken = asyncio.Event()
+        self._is_new = False  # whether it began before its job, and nothing can have been missed since
+        self._is_subscribed = False  # whether Redis has confirmed that it hears
+        self._is_interrupted = False
+        self._waiter: asyncio.Future[None] | None = None  # of whoever waits
         self._push: Push | None = None  # set while `next` waits, and its caller wants no waking
         self._push_failed: Exception | None = None
+
+    async def __aenter__(self) -> Tail:
+        self.begin()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.end()
+
+    def begin(self, *, before_job: bool = False) -> None:
+        """Listens from now on, until `end`.
+
+        `before_job`: the job does not exist yet, and will be submitted only after this. So what is heard is all that
+        there is, if it follows from the beginning, and the stream need not be read.
+        """
+        self._is_subscribed = self._switchboard.listen(self)
+        self.trusted_at = self._switchboard.now()
+        if before_job and self._switchboard.is_connected:
+            self._is_new, self._must_read = True, False
+
+    def end(self) -> None:
+        """Listens no longer."""
+        self._switchboard.listen_no_longer(self)
+
+    # -- for the switchboard -------------------------------------------------------------------------------------------
 
     def hear(self, entry: Entry) -> None:
         """Pub/sub has brought an entry. `heard_all` follows."""
@@ -95,33 +141,67 @@ class Tail:
             self._heard.append(entry)
             self._heard_bytes += len(entry.payload)
 
-    def heard_all(self) -> None:
+    def heard_all(self, now: float) -> None:
         """All has been heard that came at once: it is pushed, or whoever waits is woken."""
-        if self._push is not None and not self._must_read:
-            entries = self._take_heard()
-            if entries:
-                self._passed_on(entries)
-                try:
-                    wants_more = self._push(entries)
-                except Exception as error:  # noqa: BLE001  # it is the reader's, and raised by its `next`
-                    self._push_failed, wants_more = error, False
-                if not wants_more:
-                    self._push = None
-            if self._push is not None and not self._must_read:
-                return
-        self._woken.set()
+        push = self._push
+        if push is None or self._must_read:
+            self._wake()
+            return
+        entries = self._take_heard()
+        if entries:
+            self.cursor = entries[-1].id
+            self.trusted_at = now
+            try:
+                wants_more = push(entries)
+            except Exception as error:  # noqa: BLE001  # it is the reader's, and raised by its `next`
+                self._push_failed, wants_more = error, False
+            if not wants_more:
+                self._push = None
+        if self._push is None or self._must_read:
+            self._wake()
+
+    def doubt(self) -> None:
+        """Pub/sub may have missed something, or brings more than is read."""
+        self._must_read, self._is_new = True, False
+        self._forget_heard()
+        self._wake()
+
+    def subscribed(self) -> None:
+        """From now on it hears; what was said before, it may have missed."""
+        self._is_subscribed = True
+        if not self._is_new:
+            self.doubt()
+
+    def disconnected(self) -> None:
+        """It hears nothing until it is subscribed again."""
+        self._is_subscribed = False
+        self.doubt()
+
+    @property
+    def trusts(self) -> bool:
+        """Whether it believes that nothing has happened since `trusted_at`."""
+        return not self._must_read
+
+    def trust(self, cursor: EntryId, now: float) -> None:
+        """At this moment nothing was behind this entry."""
+        if cursor == self.cursor:
+            self.trusted_at = now
+
+    # -- for the reader ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_subscribed(self) -> bool:
+        return self._is_subscribed
+
+    @property
+    def is_interrupted(self) -> bool:
+        return self._is_interrupted
 
     def interrupt(self) -> None:
         """Makes `next` return nothing from now on, at once."""
         self._push = None
-        self._interrupted.set()
-        self._woken.set()
-
-    def doubt(self) -> None:
-        """Pub/sub may have missed something, or brings more than is read."""
-        self._must_read = True
-        self._forget_heard()
-        self._woken.set()
+        self._is_interrupted = True
+        self._wake()
 
     async def next(self, timeout_s: float, push: Push | None = None) -> list[Entry]:
         """The next entries, at least one; none after the timeout or an interruption. Raises TailError.
@@ -130,25 +210,28 @@ class Tail:
         When `push` wants no more, none are returned; what it raises is raised here. After a marker there is nothing
         more to ask for.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        while not self._interrupted.is_set():
+        now = self._switchboard.now
+        deadline = now() + timeout_s
+        while not self.is_interrupted:
             entries = await self._read() if self._must_read else self._take_heard()
             if entries:
-                self._passed_on(entries)
+                self.cursor = entries[-1].id
+                self.trusted_at = now()
                 return entries
             if self._must_read:  # what was heard does not follow the cursor
                 continue
-            now = loop.time()
-            if now >= deadline:
+            if self._is_interrupted or now() >= deadline:
                 break
-            if push is None:
-                await self._wait(now, deadline)
-                continue
+            until = deadline
+            if self._is_deaf():
+                if now() >= self.trusted_at + DEAF_S:
+                    self._must_read = True
+                    continue
+                until = min(until, self.trusted_at + DEAF_S)
             self._push = push
             try:
-                await self._wait(now, deadline)
-                wants_more = self._push is not None
+                await self._wait_until(until)
+                wants_more = push is None or self._push is not None
             finally:
                 self._push = None
             if self._push_failed is not None:
@@ -157,39 +240,50 @@ class Tail:
                 break
         return []
 
-    def _passed_on(self, entries: list[Entry]) -> None:
-        self.cursor = entries[-1].id
-        self._trusted_at = self._switchboard.now()
+    async def sleep(self, seconds: float) -> None:
+        """Returns early if it is interrupted."""
+        now = self._switchboard.now
+        until = now() + seconds
+        while not self._is_interrupted and now() < until:
+            await self._wait_until(until)
 
-    async def _wait(self, now: float, deadline: float) -> None:
-        """Until something is heard; after a quiet while the stream has to be read."""
-        self._woken.clear()
-        if self._heard or self._must_read or self._interrupted.is_set():
-            return
-        quiet_until = self._trusted_at + self._switchboard.quiet_s + LATE_S * self._switchboard.is_connected
-        if quiet_until <= now:
-            self._must_read = True
-            return
+    async def _wait_until(self, until: float) -> None:
+        """Returns then, or when something has happened."""
+        loop = self._switchboard.loop
+        self._waiter = loop.create_future()
+        timer = loop.call_at(until + CLOCK_S, self._wake)
         try:
-            async with asyncio.timeout(min(quiet_until, deadline) - now):
-                await self._woken.wait()
-        except TimeoutError:
-            pass  # `next` looks at the clock again
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
 
-    def is_quiet(self, now: float) -> bool:
-        """Whether it has waited so long that something may have been missed."""
-        return not self._must_read and now >= self._trusted_at + QUIET_S
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    def trust(self, cursor: EntryId, now: float) -> None:
-        """At this moment nothing was behind this entry."""
-        if cursor == self.cursor:
-            self._trusted_at = now
+    def _is_deaf(self) -> bool:
+        """Whether something may be said that it does not hear, and that the switchboard does not look for."""
+        return not self._is_subscribed or (self._is_new and self.cursor == BEGINNING)
 
     def _take_heard(self) -> list[Entry]:
         """What was heard, as far as it follows the cursor. Asks for a read where it does not."""
+        heard = self._heard
+        if not heard:
+            return heard
+        self._heard, self._heard_bytes = [], 0
+        attempt, sequence = self.cursor
+        for entry in heard:
+            sequence += 1
+            if entry.id != (attempt, sequence):
+                return self._following(heard)
+        return heard
+
+    def _following(self, heard: list[Entry]) -> list[Entry]:
+        """Those of them that follow the cursor."""
         entries: list[Entry] = []
         cursor = self.cursor
-        for entry in self._heard:
+        for entry in heard:
             if cursor.is_followed_by(entry.id):
                 entries.append(entry)
                 cursor = entry.id
@@ -197,21 +291,20 @@ class Tail:
                 self._must_read = True
                 metrics.gaps.inc()
                 break
-        self._forget_heard()
         return entries
 
     def _forget_heard(self) -> None:
-        self._heard.clear()
+        self._heard = []
         self._heard_bytes = 0
 
     async def _read(self) -> list[Entry]:
         """What the stream holds behind the cursor. What is heard meanwhile is kept, and compared with it later."""
-        self._must_read = False
+        self._must_read = self._is_new = False
         self._forget_heard()
-        read = await self._switchboard.read(self.job_id, self.cursor, self._page_rows, self._interrupted)
+        read = await self._switchboard.read(self, self._page_rows)
         if read is None:
             return []
-        self._trusted_at = asyncio.get_running_loop().time()
+        self.trusted_at = self._switchboard.now()
         gone = read.status is None if read.exists else read.status is not Status.QUEUED
         if gone and not read.entries:
             raise StreamExpiredError(self.job_id)
@@ -240,19 +333,19 @@ class Switchboard:
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._tails: defaultdict[bytes, list[Tail]] = defaultdict(list)
+        self._tails: dict[bytes, list[Tail]] = {}  # by channel
         self._nobody_follows = asyncio.Event()
         self._nobody_follows.set()
         self._spoken_to: dict[Tail, None] = {}  # who has heard something since the last `heard_all`
+        self._left: list[bytes] = []  # channels that nobody follows any more
         self._wire: ListenWire | None = None  # None while it is not connected
         self._tasks: list[asyncio.Task[None]] = []
-
-    @staticmethod
-    def now() -> float:
-        """The loop's clock."""
-        return asyncio.get_running_loop().time()
+        self.loop: asyncio.AbstractEventLoop  # set once, on entry: to ask for the running one is a system call
+        self.now: Callable[[], float]  # its clock
 
     async def __aenter__(self) -> Switchboard:
+        self.loop = asyncio.get_running_loop()
+        self.now = self.loop.time
         for service in (self._listen_forever(), self._look_forever()):
             self._tasks.append(asyncio.create_task(service, name="switchboard"))
         return self
@@ -267,65 +360,72 @@ class Switchboard:
         for task in self._tasks:
             await end_task(task)
 
-    @asynccontextmanager
-    async def follow(self, job_id: str, after: EntryId = BEGINNING) -> AsyncIterator[Tail]:
-        """A reader of a job's stream, behind a cursor."""
-        channel = self._store.keys.stream_channel(job_id).encode()
-        tail = Tail(self, job_id, after)
-        self._tails[channel].append(tail)
+    def follow(self, job_id: str, after: EntryId = BEGINNING) -> Tail:
+        """A reader of a job's stream, behind a cursor. Listens while its block lasts."""
+        return Tail(self, job_id, self._store.keys.stream_channel(job_id).encode(), after)
+
+    def listen(self, tail: Tail) -> bool:
+        """Whether Redis has confirmed before that this process hears the channel."""
+        tails = self._tails.setdefault(tail.channel, [])
+        tails.append(tail)
         self._nobody_follows.clear()
-        try:
-            if len(self._tails[channel]) == 1:
-                self._tell_redis("SUBSCRIBE", channel)
-            yield tail
-        finally:
-            self._tails[channel].remove(tail)
-            if not self._tails[channel]:
-                del self._tails[channel]
-                if not self._tails:
-                    self._nobody_follows.set()
-                self._tell_redis("UNSUBSCRIBE", channel)
+        if len(tails) == 1:
+            self._tell_redis("SUBSCRIBE", tail.channel)
+            return False
+        return tails[0].is_subscribed
+
+    def listen_no_longer(self, tail: Tail) -> None:
+        tails = self._tails[tail.channel]
+        tails.remove(tail)
+        if not tails:
+            del self._tails[tail.channel]
+            if not self._tails:
+                self._nobody_follows.set()
+            self._left.append(tail.channel)
 
     def _tell_redis(self, order: str, *channels: str | bytes) -> None:
         """While the connection is down nothing is sent: it subscribes to everything when it is back."""
         if self._wire is not None:
-            self._wire.write(command(order, *channels))
+            self._wire.write(self._unsubscribe() + command(order, *channels))
+
+    def _unsubscribe(self) -> bytes:
+        """From all channels that were left. It has time: on its own for each, it would cost as much as an entry."""
+        left, self._left = self._left, []
+        return command("UNSUBSCRIBE", *left) if left else b""
 
     @property
     def is_connected(self) -> bool:
         return self._wire is not None
 
-    @property
-    def quiet_s(self) -> float:
-        """How long a tail may trust that nothing has happened."""
-        return QUIET_S if self.is_connected else DEAF_S
-
-    async def read(self, job_id: str, cursor: EntryId, count: int, interrupted: asyncio.Event) -> StreamRead | None:
+    async def read(self, tail: Tail, count: int) -> StreamRead | None:
         """Reads a stream, trying again while Redis does not answer; None if interrupted. Raises TailError."""
         metrics.catch_ups.inc()
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._store.settings.redis_patience_s
-        while not interrupted.is_set():
+        deadline = self.now() + self._store.settings.redis_patience_s
+        while not tail.is_interrupted:
             try:
-                return await self._store.read_after(job_id, cursor, count)
+                return await self._store.read_after(tail.job_id, tail.cursor, count)
             except UnreadableEntryError as error:
                 raise StreamGapError(str(error)) from error
             except FAILURES as error:
                 if not passes(error):
-                    raise StreamGapError(f"the stream of {job_id} cannot be read: {error}") from error
-                if loop.time() > deadline:
-                    raise StreamUnreachableError(job_id) from error
-            with suppress(TimeoutError):
-                async with asyncio.timeout(DEAF_S):
-                    await interrupted.wait()
+                    raise StreamGapError(f"the stream of {tail.job_id} cannot be read: {error}") from error
+                if self.now() > deadline:
+                    raise StreamUnreachableError(tail.job_id) from error
+            await tail.sleep(DEAF_S)
         return None
 
     async def _look_forever(self) -> None:
         """Asks for all tails that have long heard nothing whether there is something to be read."""
         while True:
             await asyncio.sleep(QUIET_S / 15)
-            now = self.now()
-            quiet = [tail for tails in self._tails.values() for tail in tails if tail.is_quiet(now)]
+            if self._wire is not None and self._left:
+                self._wire.write(self._unsubscribe())
+            before = self.now() - QUIET_S
+            all_tails = [tail for tails in self._tails.values() for tail in tails]
+            quiet = [tail for tail in all_tails if tail.trusted_at <= before and tail.trusts]
+            for tail in quiet:
+                if tail.trusted_at <= before - LATE_S:
+                    tail.doubt()
             for start in range(0, len(quiet), LOOK_STREAMS):
                 await self._look(quiet[start : start + LOOK_STREAMS])
 
@@ -338,7 +438,7 @@ class Switchboard:
             stale = await self._store.stale([(tail.job_id, cursor) for tail, cursor in seen])
         except FAILURES as error:
             log.warning("quiet_streams_not_looked_at", reason=str(error), streams=len(tails))
-            return  # each reads for itself, a little later
+            return  # those that still wait after LATE_S read for themselves
         for tail, cursor in seen:
             if tail.job_id in stale:
                 tail.doubt()
@@ -354,11 +454,12 @@ class Switchboard:
                 log.warning("pubsub_connection_lost", reason=str(error), streams=len(self._tails))
             except Exception:  # a defect of one message must not leave all readers without any for ever
                 log.exception("pubsub_connection_dropped", streams=len(self._tails))
-            self._doubt_all()
+            self._disconnected()
             await asyncio.sleep(RECONNECT_S)
 
     async def _listen(self, wire: ListenWire) -> None:
         """Until the connection is lost."""
+        self._left = []
         self._wire = wire  # from here on, whoever begins to follow subscribes for himself
         try:
             # The lobby is a channel on which nothing is ever said: it holds the connection while nobody follows.
@@ -370,25 +471,29 @@ class Switchboard:
     # -- for the wire --------------------------------------------------------------------------------------------------
 
     def hear(self, response: Any) -> None:
+        if type(response) is list and response[0] == b"message":
+            _, channel, payload = response
+            tails = self._tails.get(channel)
+            if tails is not None:
+                self._deliver(tails, payload)
+            return
         match response:
-            case [b"message", channel, payload]:
-                if tails := self._tails.get(channel):
-                    self._deliver(tails, payload)
             case [b"subscribe", channel, _]:
                 for tail in self._tails.get(channel, ()):
-                    tail.doubt()
+                    tail.subscribed()
             case Exception() as refusal:  # such as a missing permission
                 raise refusal
 
     def heard_all(self) -> None:
-        spoken_to, self._spoken_to = self._spoken_to, {}
-        for tail in spoken_to:
-            tail.heard_all()
+        now = self.now()
+        for tail in self._spoken_to:
+            tail.heard_all(now)
+        self._spoken_to.clear()
 
-    def _doubt_all(self) -> None:
+    def _disconnected(self) -> None:
         for tails in self._tails.values():
             for tail in tails:
-                tail.doubt()
+                tail.disconnected()
 
     def _deliver(self, tails: list[Tail], payload: bytes) -> None:
         try:

@@ -78,7 +78,8 @@ class UnreadableEntryError(Exception):
 
 
 _new = tuple.__new__
-_KINDS = {kind.value.encode(): kind for kind in Kind}
+_NAMES = {kind: kind.value.encode() for kind in Kind}
+_KINDS = {name: kind for kind, name in _NAMES.items()}
 
 
 def entry_from_fields(raw_id: bytes, fields: list[bytes] | dict[bytes, bytes]) -> Entry:
@@ -118,7 +119,7 @@ class Tally:
     def add(self, kind: Kind, payload: bytes) -> None:
         """Takes the next entry: its kind, the length of its payload and the payload."""
         self.count += 1
-        self._hash.update(b"%b %d " % (kind.encode(), len(payload)) + payload)
+        self._hash.update(b"%b %d %b" % (_NAMES[kind], len(payload), payload))
 
     @property
     def digest(self) -> str:

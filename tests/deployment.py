@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ def deployed(folder: Path, redis_url: str, prefix: str, *, workers: int = 1, **s
 Start = Callable[..., Deployment]  # what the fixture `own_service` gives: the settings to a running service
 
 
-def text_of(stream: openai.Stream[ChatCompletionChunk]) -> str:
+def text_of(stream: Iterable[ChatCompletionChunk]) -> str:
     """All that a stream says, to its end."""
     return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 

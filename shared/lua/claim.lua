@@ -10,9 +10,9 @@ local worker, now = ARGV[2], now_ms()
 local lease_end = redis.call('ZSCORE', workers, worker)
 if not lease_end or tonumber(lease_end) <= now or redis.call('EXISTS', paused) == 1 then return {} end
 
--- Whoever waits for a job listens to its stream. Nobody does at first, since a client submits before it listens, nor
--- while an API process connects again, which it may notice late: a job that nobody listens to is looked at again and
--- again, and given up if that has not changed for longer than a lost connection goes unnoticed.
+-- Whoever waits for a job listens to its stream. Perhaps nobody does at first, since the submission may overtake the
+-- subscription, nor while an API process connects again, which it may notice late: a job that nobody listens to is looked
+-- at again and again, and given up if that has not changed for longer than a lost connection goes unnoticed.
 local LISTENED_TO_WITHIN_MS, LOOK_AGAIN_MS, LOOKED_WITHIN_MS, GIVEN_UP_AFTER_MS = 1000, 500, 2500, 25000
 
 -- Whether somebody waits for the answer, as far as somebody has to. If not, the job is put back, or given up.

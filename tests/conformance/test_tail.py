@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -44,9 +44,7 @@ async def switchboard(make_store: MakeStore) -> AsyncIterator[Switchboard]:
 
 
 async def connected(switchboard: Switchboard) -> None:
-    await async_wait_until(
-        lambda: switchboard.quiet_s == api.tail.QUIET_S, timeout=5, description="the pub/sub connection"
-    )
+    await async_wait_until(lambda: switchboard.is_connected, timeout=5, description="the pub/sub connection")
 
 
 async def subscribed(store: JobStore, job_id: str) -> None:
@@ -337,6 +335,113 @@ async def test_an_interrupted_reader_is_pushed_nothing_more(store: JobStore, swi
         await attempt.say(b"a")
         assert await reading == []
         assert reader.entries == []
+
+
+# -- a job that is listened to from before its beginning ---------------------------------------------------------------
+
+
+@asynccontextmanager
+async def listening(switchboard: Switchboard, job_id: str) -> AsyncIterator[Tail]:
+    """As the API does it: the job is submitted inside of the block."""
+    tail = switchboard.follow(job_id)
+    tail.begin(before_job=True)
+    try:
+        yield tail
+    finally:
+        tail.end()
+
+
+async def begun(store: JobStore, job_id: str) -> Attempt:
+    await submitted(store, job_id)
+    return await (await a_worker(store)).claim_one()
+
+
+async def test_a_job_that_is_listened_to_from_before_its_beginning_is_never_read(
+    store: JobStore, switchboard: Switchboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The common case of a request costs no command."""
+    monkeypatch.setattr(api.tail, "DEAF_S", 60.0)
+    monkeypatch.setattr(switchboard, "read", None)
+    async with listening(switchboard, job_id := new_job_id()) as tail:
+        attempt = await begun(store, job_id)
+        reader = Pushed(tail)
+        reading = asyncio.create_task(reader.read_on())
+        await attempt.say(b"a")
+        await attempt.finish_ok()
+        await reading
+        assert reader.entries == await entries_of(store, job_id)
+
+
+@pytest.mark.parametrize("missed", [0, 1, 2])
+async def test_a_beginning_that_was_not_heard_is_read(store: JobStore, switchboard: Switchboard, missed: int) -> None:
+    """The opening is heard or not, since the channel is listened to before or after it."""
+    async with listening(switchboard, job_id := new_job_id()) as tail:
+        attempt = await begun(store, job_id)
+        for number in range(3):
+            await attempt.say(b"%d" % number, publish=number >= missed)
+        await attempt.finish_ok()
+        assert await rest_of(tail) == await entries_of(store, job_id)
+
+
+async def test_a_job_that_was_over_before_it_was_listened_to_is_read_soon(
+    store: JobStore, switchboard: Switchboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis may read the subscription after the submission, whichever was sent first."""
+    sent_later: list[tuple[ListenWire, bytes]] = []
+    write = ListenWire.write
+    monkeypatch.setattr(ListenWire, "write", lambda wire, commands: sent_later.append((wire, commands)))
+    async with listening(switchboard, job_id := new_job_id()) as tail:
+        attempt = await begun(store, job_id)
+        await attempt.say(b"a")
+        await attempt.finish_ok()
+        monkeypatch.undo()
+        for wire, commands in sent_later:
+            write(wire, commands)
+        await subscribed(store, job_id)
+        assert await rest_of(tail) == await entries_of(store, job_id)
+
+
+async def test_a_reader_whose_subscription_is_lost_reads_again_and_again(
+    store: JobStore, switchboard: Switchboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ListenWire, "write", lambda *_: None)
+    async with listening(switchboard, job_id := new_job_id()) as tail:
+        attempt = await begun(store, job_id)
+        assert [entry.kind for entry in await next_of(tail)] == [Kind.OPEN]
+        for text in (b"a", b"b"):
+            said = await attempt.say(text)
+            assert await next_of(tail) == said
+        await attempt.finish_ok()
+        await next_of(tail)
+
+
+async def test_a_connection_that_is_lost_before_the_job_begins_loses_nothing(
+    store: JobStore, switchboard: Switchboard
+) -> None:
+    async with listening(switchboard, job_id := new_job_id()) as tail:
+        await subscribed(store, job_id)
+        await store.redis.client_kill_filter(_type="pubsub")
+        attempt = await begun(store, job_id)
+        await attempt.say(b"a")
+        await connected(switchboard)
+        await attempt.finish_ok()
+        assert await rest_of(tail) == await entries_of(store, job_id)
+
+
+async def test_a_job_that_begins_while_nothing_is_connected_is_read(
+    store: JobStore, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def never(*_: Any) -> AsyncIterator[ListenWire]:
+        await asyncio.Event().wait()
+        yield cast("ListenWire", None)
+
+    monkeypatch.setattr(api.tail, "open_wire", never)
+    async with Switchboard(make_store()) as switchboard, listening(switchboard, job_id := new_job_id()) as tail:
+        attempt = await begun(store, job_id)
+        assert [entry.kind for entry in await next_of(tail)] == [Kind.OPEN]
+        await attempt.finish_ok()
+        await next_of(tail)
 
 
 # -- what pub/sub misses -----------------------------------------------------------------------------------------------

@@ -179,15 +179,16 @@ async def test_what_an_agent_says_in_one_breath_is_one_entry(server: Server, par
     assert server.calls("xadd") - before == 1
 
 
-def test_a_stream_is_read_at_its_beginning_and_then_only_heard(server: Server, counted: Deployment) -> None:
+def test_a_new_stream_is_heard_and_not_read(server: Server, counted: Deployment) -> None:
     with counted.client() as client:
         before = server.calls("xrange")
         for _ in range(JOBS):
             messages = script(say=["a"] * ENTRIES, every_s=0.001)
             stream = client.chat.completions.create(model="endmark", messages=messages, stream=True)
             assert text_of(stream) == "a" * ENTRIES
-    read, packed = 2, 1  # the second read is due to the subscription; the worker reads it once more to pack it
-    assert server.calls("xrange") - before <= (read + packed) * JOBS
+    packed = JOBS  # the worker reads it once to pack it
+    late = JOBS / 4  # one that is claimed late is looked at, which is a matter of luck
+    assert server.calls("xrange") - before <= packed + late
 
 
 # -- connections -------------------------------------------------------------------------------------------------------

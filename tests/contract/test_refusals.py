@@ -233,6 +233,11 @@ def test_a_full_queue_is_a_429(tmp_path: Path, redis_url: str, prefix: str) -> N
         ):
             body = {"messages": HELLO, "session_id": "other"}
             assert_refused(http.post("/v1/chat/completions", json=body), 429, code="queue_full")
+
+            def listened_to() -> int:
+                return len(service.redis.pubsub_channels(f"{prefix}:*:stream"))  # type: ignore[arg-type]  # redis-py types both its clients at once
+
+            wait_until(lambda: listened_to() == 1, timeout=5, description="nobody listens to what was refused")
         service.wait_until_idle()
 
 
