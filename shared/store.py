@@ -160,11 +160,14 @@ class JobStore:
         script = self.script(name)
         if self._line is None:
             return await script([key], [self.keys.prefix, *args])
-        run = command("EVALSHA", script.sha, 1, key, self.keys.prefix, *args)
+        run = self._eval(name, key, *args)
         (reply,) = await self._line.call(run, 1)
         if isinstance(reply, NoScriptError):  # Redis was restarted, or its scripts were flushed
             _, reply = await self._line.call(command("SCRIPT", "LOAD", scripts.source(name)) + run, 2)
         return _unless_refused([reply])[0]
+
+    def _eval(self, name: scripts.ScriptName, key: str, *args: str | bytes | int) -> bytes:
+        return command("EVALSHA", self.script(name).sha, 1, key, self.keys.prefix, *args)
 
     async def _ask(self, *commands: tuple[str | bytes | int, ...]) -> list[Any]:
         """The answers to commands, in one round trip."""
@@ -241,17 +244,7 @@ class JobStore:
     # -- a worker's steps --------------------------------------------------------------------------------------------
 
     async def wait_for_bell(self, timeout_s: int) -> bool:
-        """Waits until a job may be claimable; wakes one worker of all that wait. False after the timeout.
-
-        For one caller at a time. One that is cancelled takes no bell from the others.
-        """
-        if self._bell_line is not None:
-            try:
-                replies = await self._bell_line.call(command("BLPOP", self.keys.bell, timeout_s), 1)
-            except asyncio.CancelledError:
-                await self._bell_line.aclose()  # Redis would ring for it
-                raise
-            return _unless_refused(replies)[0] is not None
+        """Waits until a job may be claimable; wakes one worker of all that wait. False after the timeout."""
         rung: Awaitable[Any] = self.redis.blpop([self.keys.bell], timeout=timeout_s)  # type: ignore[assignment]  # redis-py types both its clients at once
         return await rung is not None
 
@@ -260,14 +253,13 @@ class JobStore:
         await self.redis.lpush(self.keys.bell, "1")  # type: ignore[misc]  # redis-py types both its clients at once
         await self.redis.pexpire(self.keys.bell, 60_000)
 
-    async def claim(self, worker_id: str, slots: int) -> list[Claim]:
+    async def claim(self, worker_id: str, slots: int, *, wait_s: int = 0) -> list[Claim]:
         """Opens an attempt of up to `slots` jobs, and of no more than CLAIM_LIMIT.
 
-        If the answer is lost with the connection, jobs may be claimed all the same: `held_by` finds them.
+        With `wait_s`, as soon as the bell rings, or after that time: for one caller at a time. If the answer is lost
+        with the connection, jobs may be claimed all the same: `held_by` finds them.
         """
-        rows = await self._run(
-            "claim",
-            self.keys.queue,
+        args = (
             worker_id,
             min(slots, CLAIM_LIMIT),
             self._run_timeout_ms,
@@ -276,6 +268,12 @@ class JobStore:
             self._retention_ms,
             _UNWANTED.payload(),
         )
+        if wait_s and self._bell_line is not None:
+            rows = await self._claim_at_bell(self._bell_line, wait_s, args)
+        else:
+            if wait_s:
+                await self.wait_for_bell(wait_s)
+            rows = await self._run("claim", self.keys.queue, *args)
         claims: list[Claim] = []
         for job_id, attempt, *rest in rows:
             if int(attempt) == 0:
@@ -288,6 +286,24 @@ class JobStore:
                 )
             )
         return claims
+
+    async def _claim_at_bell(self, line: Line, wait_s: int, args: tuple[str | bytes | int, ...]) -> Any:
+        """Sends the claim behind the wait for the bell: Redis runs it when the bell has rung, a round trip earlier."""
+        claim = self._eval("claim", self.keys.queue, *args)
+        try:
+            rang, rows = await line.call(command("BLPOP", self.keys.bell, wait_s) + claim, 2)
+        except asyncio.CancelledError:
+            await line.aclose()  # Redis would ring for it
+            raise
+        if isinstance(rows, NoScriptError):
+            return await self._run("claim", self.keys.queue, *args)
+        _unless_refused([rows] if rows else [rows, rang])
+        return rows
+
+    async def stop_waiting(self) -> None:
+        """Cuts a claim that waits for the bell. It may have been executed all the same: `held_by` tells."""
+        if self._bell_line is not None:
+            await self._bell_line.aclose()
 
     async def held_by(self, worker_id: str, known: Mapping[str, int] | None = None) -> list[Held]:
         """What this worker holds, as far as Redis knows: attempts to execute, and ended ones to release.

@@ -187,12 +187,13 @@ class QueueWorker(Worker):
                 await self._wait_for_change()
             elif self.loop.time() >= self._reconcile_at:
                 await self._reconcile()
-            elif self.burst or self._left_some or await self._hears_bell():
-                await self._claim()
+            else:
+                await self._claim(wait_s=0 if self.burst or self._left_some else BELL_TIMEOUT_S)
         except FAILURES as error:
             self._reconcile_at = 0
             self._left_some = True
-            log.warning("worker_cannot_claim", worker=self.worker_id, reason=str(error), exc_info=not passes(error))
+            if self.allow_pick_jobs:  # otherwise the drain has cut the wait for the bell
+                log.warning("worker_cannot_claim", worker=self.worker_id, reason=str(error), exc_info=not passes(error))
             await self._wait_for_change()
 
     async def _reconcile(self) -> None:
@@ -209,17 +210,11 @@ class QueueWorker(Worker):
                 await self.store.release(held.claim, self.worker_id)  # which ends it, if it has not ended
         self._reconcile_at = self.loop.time() + RECONCILE_S
 
-    async def _hears_bell(self) -> bool:
-        """Waits for the bell, or so long that it may have been lost. False if what it says is for somebody else."""
-        rang = await self.store.wait_for_bell(BELL_TIMEOUT_S)
-        if rang and not self.allow_pick_jobs:  # it was told to stop while it waited
-            await self.store.ring()
-        return self.allow_pick_jobs
-
-    async def _claim(self) -> None:
+    async def _claim(self, *, wait_s: int) -> None:
+        """`wait_s`: how long to wait for the bell at most; it may have been lost."""
         most = min(self.max_jobs - len(self.tasks), CLAIM_LIMIT)
         async with self._claiming:
-            claims = await self.store.claim(self.worker_id, most)
+            claims = await self.store.claim(self.worker_id, most, wait_s=wait_s)
             for claim in claims:
                 self._start(claim)
         self._left_some = len(claims) == most
@@ -330,8 +325,14 @@ class QueueWorker(Worker):
                 await self.store.tell_draining(self.worker_id)
         except FAILURES as error:  # only for whoever looks on
             log.warning("drain_not_told", worker=self.worker_id, reason=str(error))
+        await self.store.stop_waiting()
         async with self._claiming:  # what a claim on its way brings is finished, too
             deadline = self.loop.time() + self.settings.drain_timeout_s
+            try:
+                async with asyncio.timeout(1):
+                    await self._reconcile()  # one that waited for the bell may have been executed, and cut
+            except FAILURES as error:  # what it brought is recovered by others when this worker has ended
+                log.warning("drain_did_not_look", worker=self.worker_id, reason=str(error))
         stop_now = asyncio.create_task(self._stop_now.wait())
         while (unfinished := self._unfinished()) and not stop_now.done() and self.loop.time() < deadline:
             await asyncio.wait(

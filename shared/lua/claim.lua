@@ -2,13 +2,17 @@
 -- KEYS[1] the queue
 -- ARGV: 1 prefix, 2 worker id, 3 most jobs, 4 run timeout in ms, 5 time to live of an unfinished job in ms, 6 how much
 --       of it is enough, 7 retention in ms, 8 the payload of the error marker of a job for which nobody waits any more
--- Returns nothing if the worker holds no lease, since nobody would notice its death, or if the queue is paused.
+-- Returns nothing if the worker holds no lease, since nobody would notice its death, if it drains, or if the queue is paused.
 -- Otherwise a list of {job id, attempt, started ms, accepted ms, traceparent, tracestate, request, arq's job}; ids whose job
 -- is gone, has ended or must not start any more are dropped on the way. Of a job that was given up the list has {job id, 0}.
 
 local worker, now = ARGV[2], now_ms()
 local lease_end = redis.call('ZSCORE', workers, worker)
 if not lease_end or tonumber(lease_end) <= now or redis.call('EXISTS', paused) == 1 then return {} end
+if redis.call('HGET', worker_key(worker), 'draining') then
+  if redis.call('ZCARD', KEYS[1]) > 0 then ring() end -- the bell that it heard is for somebody else
+  return {}
+end
 
 -- Whoever waits for a job listens to its stream. Perhaps nobody does at first, since the submission may overtake the
 -- subscription, nor while an API process connects again, which it may notice late: a job that nobody listens to is looked

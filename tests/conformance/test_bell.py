@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from arq.connections import ArqRedis
 
-from shared.connection import connect
+from shared.connection import FAILURES, connect
 from shared.settings import Settings
 from shared.store import CLAIM_LIMIT, JobStore
 from shared.tasks import end_task
@@ -39,24 +39,57 @@ async def until_waiting(client: ArqRedis, count: int) -> None:
 
 
 async def test_a_bell_wakes_the_worker_that_waits(workers_store: JobStore) -> None:
-    waiting = asyncio.create_task(workers_store.wait_for_bell(10))
+    worker = await a_worker(workers_store)
+    waiting = asyncio.create_task(workers_store.claim(worker.id, 1, wait_s=10))
     await until_waiting(workers_store.redis, 1)
-    await submitted(workers_store)  # which the same store sends while it waits
-    assert await waiting
+    job_id = await submitted(workers_store)  # which the same store sends while it waits
+    assert [claim.job_id for claim in await waiting] == [job_id]
 
 
-async def test_a_worker_that_hears_no_bell_goes_on(workers_store: JobStore) -> None:
-    assert not await workers_store.wait_for_bell(1)
-    assert not await workers_store.wait_for_bell(1)
+async def test_a_worker_that_hears_no_bell_looks_all_the_same(workers_store: JobStore) -> None:
+    worker = await a_worker(workers_store)
+    assert await workers_store.claim(worker.id, 1, wait_s=1) == []
+    job_id = await submitted(workers_store)
+    await workers_store.redis.delete(workers_store.keys.bell)
+    assert [claim.job_id for claim in await workers_store.claim(worker.id, 1, wait_s=1)] == [job_id]
+
+
+async def test_a_redis_that_has_forgotten_the_scripts_is_taught_them_again(workers_store: JobStore) -> None:
+    worker = await a_worker(workers_store)
+    job_id = await submitted(workers_store)
+    await workers_store.redis.script_flush()
+    assert [claim.job_id for claim in await workers_store.claim(worker.id, 1, wait_s=10)] == [job_id]
 
 
 async def test_who_waits_no_longer_takes_no_bell_from_the_others(workers_store: JobStore) -> None:
-    waiting = asyncio.create_task(workers_store.wait_for_bell(10))
+    first, second = await a_worker(workers_store), await a_worker(workers_store)
+    waiting = asyncio.create_task(workers_store.claim(first.id, 1, wait_s=10))
     await until_waiting(workers_store.redis, 1)
     await end_task(waiting)
     await until_waiting(workers_store.redis, 0)
     await submitted(workers_store)
-    assert await workers_store.wait_for_bell(1)
+    assert len(await workers_store.claim(second.id, 1, wait_s=10)) == 1
+
+
+async def test_a_wait_that_is_cut_tells_and_the_next_one_works(workers_store: JobStore) -> None:
+    worker = await a_worker(workers_store)
+    waiting = asyncio.create_task(workers_store.claim(worker.id, 1, wait_s=10))
+    await until_waiting(workers_store.redis, 1)
+    await workers_store.stop_waiting()
+    with pytest.raises(FAILURES):
+        await waiting
+    await submitted(workers_store)
+    assert len(await workers_store.claim(worker.id, 1, wait_s=10)) == 1
+
+
+async def test_a_worker_that_drains_leaves_the_bell_to_others(workers_store: JobStore) -> None:
+    draining, other = await a_worker(workers_store), await a_worker(workers_store)
+    waiting = asyncio.create_task(workers_store.claim(draining.id, 1, wait_s=10))
+    await until_waiting(workers_store.redis, 1)
+    await workers_store.tell_draining(draining.id)
+    await submitted(workers_store)
+    assert await waiting == []
+    assert len(await workers_store.claim(other.id, 1, wait_s=10)) == 1
 
 
 async def test_a_claim_leaves_more_than_the_limit_to_the_next(workers_store: JobStore) -> None:
