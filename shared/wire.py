@@ -36,16 +36,8 @@ _PING: Final = b"*1\r\n$4\r\nPING\r\n"
 
 def command(*parts: str | bytes | int) -> bytes:
     """One command, as Redis reads it. Raises TypeError for anything else."""
-    encoded = [b"*%d\r\n" % len(parts)]
-    for part in parts:
-        if isinstance(part, str):
-            part = part.encode()
-        elif isinstance(part, int):
-            part = b"%d" % part
-        elif not isinstance(part, bytes):
-            raise TypeError(f"Redis takes bytes, strings and integers, not {type(part).__name__}")
-        encoded.append(b"$%d\r\n%b\r\n" % (len(part), part))
-    return b"".join(encoded)
+    packed: bytes = hiredis.pack_command(parts)  # type: ignore[arg-type]  # typed for one element
+    return packed
 
 
 class Wire(asyncio.Protocol):
