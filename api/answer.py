@@ -35,7 +35,8 @@ async def submit_and_listen(
 ) -> tuple[Accepted, Answer]:
     """Queues a job, or joins that of the same request before it; and the answer, which has to be followed.
 
-    A new job is listened to from before its beginning, so that nobody has to read its stream. Raises as `submit`.
+    A new job is listened to from before its beginning, so that nobody has to read its stream. To follow the answer ends
+    that: let nothing come in between that may fail or wait. Raises as `submit`.
     """
     tail = services.switchboard.follow(job.job_id)
     tail.begin(before_job=True)
@@ -200,8 +201,7 @@ class Answer:
 def _watch(scope: Scope, receive: Receive, gone: Callable[[], None]) -> Callable[[], object]:
     """Calls `gone` when the client goes away, until what this returns is called."""
     if (connection := connection_of(scope)) is not None:
-        connection.watch(gone)
-        return partial(connection.watch, None)
+        return connection.watch(gone)
     return asyncio.create_task(_wait_for_disconnect(receive, gone)).cancel  # ASGI tells it to whoever waits for it
 
 

@@ -23,9 +23,9 @@ from api.dashboard.app import dashboard_routes
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.observe import ObserveMiddleware, scrape
+from api.protocol import SERVER_SEND
 from api.reference import reference_routes
 from api.services import Services
-from api.sse import SERVER_SEND
 from api.system import health, list_models, ready, retrieve_model
 from api.tail import Switchboard
 from shared import logs, tracing

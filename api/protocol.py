@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import structlog
@@ -30,21 +31,6 @@ UNSENT_BYTES = 128 * 1024
 SERVER_SEND = "endmark.server_send"  # in the scope: the server's own `send`, without what middleware does at the start
 
 
-class _Event(asyncio.Event):
-    """asyncio's has a deque of 700 bytes for its waiters. A connection has two events, and rarely anybody who waits."""
-
-    def __init__(self, *, is_set: bool = False) -> None:
-        self._waiters: list[asyncio.Future[bool]] = []  # type: ignore[assignment]
-        self._value = is_set
-
-
-class _Pipeline(list[Any]):
-    """In place of a deque, for the same reason: hardly any client sends a request before it has the last answer."""
-
-    def appendleft(self, item: object) -> None:
-        self.insert(0, item)
-
-
 class LimitedHttpToolsProtocol(HttpToolsProtocol):
     """Refuses a request whose head does not end within MAX_HEAD_BYTES with a 400, and closes the connection.
 
@@ -52,7 +38,7 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     """
 
     # uvicorn's attributes are as many as fit into a small object; with one more, it would become a large one.
-    __slots__ = ("_gone", "_is_gone", "_stall_watch", "_unfinished_head_bytes")
+    __slots__ = ("_gone", "_stall_watch", "_unfinished_head_bytes")
 
     stall_timeout_s = 60.0
 
@@ -61,7 +47,6 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         self._unfinished_head_bytes = 0
         self._stall_watch: asyncio.TimerHandle | None = None
         self._gone: Callable[[], None] | None = None  # who is to be told that the client has gone away
-        self._is_gone = False
 
     # -- the head ------------------------------------------------------------------------------------------------------
 
@@ -73,7 +58,6 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self.cycle.message_event = _Event()  # nobody can wait yet
         self._unfinished_head_bytes = -(1 << 62)  # the body has limits of its own
 
     def on_message_complete(self) -> None:
@@ -82,21 +66,20 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     # -- clients that go away ------------------------------------------------------------------------------------------
 
-    def watch(self, gone: Callable[[], None] | None) -> None:
-        """Calls `gone` once, if the client goes away, or has gone; None: no longer."""
-        self._gone = None if self._is_gone else gone
-        if gone is None:
-            return
+    def watch(self, gone: Callable[[], None]) -> Callable[[], None]:
+        """Calls `gone` if the client goes away, until what this returns is called."""
+        self._gone = gone
         self.flow.resume_reading()  # a connection that is not read is not seen to end
-        if self._is_gone:
-            gone()
+        return partial(self._watch_no_longer, gone)
+
+    def _watch_no_longer(self, gone: Callable[[], None]) -> None:
+        if self._gone is gone:  # the next request on the connection may watch already
+            self._gone = None
 
     # -- stalled readers -----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        self.pipeline = _Pipeline()  # type: ignore[assignment]
-        self.flow._is_writable_event = _Event(is_set=True)
         connection: socket.socket | None = transport.get_extra_info("socket")
         if connection is not None and connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
@@ -112,10 +95,8 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_watch()
         super().connection_lost(exc)
-        self._is_gone = True
         if self._gone is not None:
             self._gone()
-            self._gone = None
 
     def _watch(self, waiting_bytes: int) -> None:
         self._end_watch()

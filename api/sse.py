@@ -23,7 +23,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from api.answer import INTERRUPTED, Answer
 from api.errors import ApiError, ClientGoneError, GoneError, InvalidRequestError, JobFailedError
-from api.protocol import SERVER_SEND as SERVER_SEND  # for api/app.py
+from api.protocol import SERVER_SEND
 from api.relay import INCOMPLETE
 from api.tail import Tail
 from shared.entries import Entry, ErrorMarker, OkMarker

@@ -418,16 +418,22 @@ class Switchboard:
         """Asks for all tails that have long heard nothing whether there is something to be read."""
         while True:
             await asyncio.sleep(QUIET_S / 15)
-            if self._wire is not None and self._left:
-                self._wire.write(self._unsubscribe())
-            before = self.now() - QUIET_S
-            all_tails = [tail for tails in self._tails.values() for tail in tails]
-            quiet = [tail for tail in all_tails if tail.trusted_at <= before and tail.trusts]
-            for tail in quiet:
-                if tail.trusted_at <= before - LATE_S:
-                    tail.doubt()
-            for start in range(0, len(quiet), LOOK_STREAMS):
-                await self._look(quiet[start : start + LOOK_STREAMS])
+            try:
+                await self._look_at_all()
+            except Exception:  # a defect must not leave readers that have missed something to wait for ever
+                log.exception("quiet_streams_not_looked_at", streams=len(self._tails))
+
+    async def _look_at_all(self) -> None:
+        if self._wire is not None and self._left:
+            self._wire.write(self._unsubscribe())
+        before = self.now() - QUIET_S
+        all_tails = [tail for tails in self._tails.values() for tail in tails]
+        quiet = [tail for tail in all_tails if tail.trusted_at <= before and tail.trusts]
+        for tail in quiet:
+            if tail.trusted_at <= before - LATE_S:
+                tail.doubt()
+        for start in range(0, len(quiet), LOOK_STREAMS):
+            await self._look(quiet[start : start + LOOK_STREAMS])
 
     async def _look(self, tails: list[Tail]) -> None:
         if not self.is_connected:

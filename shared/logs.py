@@ -13,6 +13,7 @@ import logging
 import re
 import sys
 from functools import partial
+from typing import Any
 from urllib.parse import unquote
 
 import orjson
@@ -41,10 +42,14 @@ def configure(settings: Settings) -> None:
         _name_trace,
     ]
     rendered: list[structlog.typing.Processor] = (
-        [structlog.processors.format_exc_info, _as_json]
+        [structlog.processors.format_exc_info, _unfailing(_as_json)]
         if as_json
         else [  # the default shows local variables with a traceback, and so prompts and keys
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+            _unfailing(
+                structlog.dev.ConsoleRenderer(
+                    colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+                )
+            )
         ]
     )
     stderr = _Stderr(secrets_of(settings))
@@ -75,10 +80,23 @@ def configure(settings: Settings) -> None:
 
 
 def _as_json(_logger: structlog.typing.WrappedLogger, _method: str, line: structlog.typing.EventDict) -> str:
-    try:
-        return orjson.dumps(line, default=repr).decode()
+    try:  # of a dataclass, what its `repr` shows
+        return orjson.dumps(line, default=repr, option=orjson.OPT_PASSTHROUGH_DATACLASS).decode()
     except TypeError:  # a lone surrogate, or a number beyond 64 bits
         return json.dumps(line, default=repr)
+
+
+def _unfailing(render: structlog.typing.Processor) -> structlog.typing.Processor:
+    """An agent may log anything: what cannot be rendered must not fail whoever says it."""
+
+    def rendered(logger: structlog.typing.WrappedLogger, method: str, line: structlog.typing.EventDict) -> Any:
+        try:
+            return render(logger, method, dict(line))
+        except Exception as error:  # noqa: BLE001 - of a `__repr__`, whatever it raises
+            known = {name: value for name, value in line.items() if isinstance(value, str)}
+            return json.dumps(known | {"not_rendered": type(error).__name__})
+
+    return rendered
 
 
 def _name_trace(
@@ -118,7 +136,8 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # sys.stderr
         try:
             self.stream.write(whole)
             self.stream.flush()
-        except (OSError, ValueError):  # a full disk, a reader that has gone, a closed file: no job fails of that
+        except (OSError, ValueError, RuntimeError):  # a full disk, a reader that has gone, a closed file, a line that
+            # a signal handler writes in the middle of another: no job fails of that
             return
         finally:
             self.release()

@@ -216,9 +216,13 @@ W = TypeVar("W", bound=Wire)
 
 @asynccontextmanager
 async def open_wire(redis: Redis, make: Callable[[asyncio.Transport], W]) -> AsyncIterator[W]:
-    """A connection of this client's pool, taken over until the block ends. Raises one of FAILURES."""
+    """A new connection of this client's pool, taken over until the block ends. Raises one of FAILURES.
+
+    Never one that is free: those that need it next might not get another, see `PrimaryPool.release`.
+    """
     pool: Any = redis.connection_pool
-    connection = pool.get_available_connection()
+    connection = pool.make_connection()
+    pool._in_use_connections.add(connection)
     try:
         await pool.ensure_connection(connection)
         wire = make(connection._writer.transport)
@@ -246,7 +250,11 @@ class Line:
         if wire is None or wire.is_broken:
             if self._opening is None or self._opening.done():
                 self._opening = asyncio.create_task(self._open())
-            wire = await asyncio.shield(self._opening)  # a caller that goes away does not take the others' try along
+            opening = self._opening
+            await asyncio.wait({opening})  # a caller that goes away does not take the others' try along
+            if opening.cancelled():
+                raise RedisConnectionError("the line was closed")
+            wire = opening.result()
         return await wire.call(commands, replies)
 
     async def _open(self) -> CallWire:

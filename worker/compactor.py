@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 BATCH_JOBS = 64  # whose kept rows are brought at a time
 GATHER_S = 0.05  # how long it waits for more of them: a write for each would wake Redis for each
+WAITING_BYTES = 8 * 1024 * 1024  # of kept rows; beyond, a stream is read once more when its turn comes
 MAX_WAITING = 1000  # jobs; a worker that ends them faster than it packs them leaves the newest as they are
 FIRST_ROWS = 32  # read at first: they may be large
 PAGE_ROWS = 256  # read at a time then, so that the event loop is soon free for those that run
@@ -46,6 +47,7 @@ class Compactor:
         self._store = store
         self._worker_id = worker_id
         self._waiting: asyncio.Queue[_Waiting] = asyncio.Queue(MAX_WAITING)
+        self._waiting_bytes = 0  # of kept rows
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Compactor:
@@ -61,8 +63,12 @@ class Compactor:
 
         `rows`: what its stream is to become; None if it has to be read for that.
         """
+        size = _size(rows)
+        if self._waiting_bytes + size > WAITING_BYTES:
+            rows, size = None, 0
         try:
             self._waiting.put_nowait((claim, rows))
+            self._waiting_bytes += size
         except asyncio.QueueFull:
             log.info("job_not_compacted", job=claim.job_id, reason="too many wait")
 
@@ -73,9 +79,9 @@ class Compactor:
                 await asyncio.sleep(GATHER_S)
             while not self._waiting.empty() and len(batch) < BATCH_JOBS:
                 batch.append(self._waiting.get_nowait())
-            await asyncio.gather(
-                *(self._try(claim, self.put(claim, rows)) for claim, rows in batch if rows is not None)
-            )
+            self._waiting_bytes -= sum(_size(rows) for _, rows in batch)
+            kept = [(claim, rows) for claim, rows in batch if rows is not None]
+            await asyncio.gather(*(self._try(claim, self.put(claim, rows)) for claim, rows in kept))
             for claim, rows in batch:
                 if rows is None:
                     await self._try(claim, self.compact(claim))
@@ -94,7 +100,7 @@ class Compactor:
         """Puts rows in the place of the stream of a job that has ended. False if it stays as it is. Raises FAILURES."""
         last = rows[-1].id
         length = last.sequence + 1  # of the first attempt, from its opening to its marker
-        if not _pays(length - len(rows), sum(len(row.payload) for row in rows)):
+        if not _pays(length - len(rows), _size(rows)):
             return False
         return await self._store.compact(claim, self._worker_id, rows, before=0, replaces=(length, last))
 
@@ -120,7 +126,7 @@ class Compactor:
             if not more:
                 if not page.entries[-1].is_marker:
                     return False  # something of it is gone: readers are to find out
-            elif sum(len(row.payload) for row in rows) < BATCH_BYTES:
+            elif _size(rows) < BATCH_BYTES:
                 continue
             if not brought and not _pays(length - len(rows), payload_bytes):
                 return False
@@ -130,6 +136,11 @@ class Compactor:
             brought += len(rows)
             rows = []
         return True
+
+
+def _size(rows: list[Row] | None) -> int:
+    """Bytes of payload."""
+    return sum(len(row.payload) for row in rows or ())
 
 
 def _pays(rows_less: int, payload_bytes: int) -> bool:

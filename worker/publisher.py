@@ -367,7 +367,7 @@ class Publisher:
         elif None in stored:  # NOMKSTREAM
             attempt.lose(Loss.EXPIRED)
         elif isinstance(ending, NoScriptError):  # Redis was restarted, or its scripts were flushed
-            await self._store.redis.script_load(scripts.source("finish"))
+            await self._line.call(command("SCRIPT", "LOAD", scripts.source("finish")), 1)
             return False
         elif isinstance(ending, Exception) and passes(ending):
             return False

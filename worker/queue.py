@@ -90,7 +90,7 @@ class QueueWorker(Worker):
         self.runs: dict[str, Run] = {}
         self._reconcile_at = 0.0  # of the loop's clock
         self._left_some = True  # the last claim got all that it asked for: there may be more
-        self._claiming = asyncio.Lock()  # held while a claim is on its way: it must not be cut
+        self._claiming = asyncio.Lock()  # held while a claim, or a look at what is held, is on its way
         self._changed = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._drain_task: asyncio.Task[None] | None = None
@@ -198,16 +198,14 @@ class QueueWorker(Worker):
 
     async def _reconcile(self) -> None:
         """Looks for what this worker holds and does not know of: the answer to a claim may have been lost."""
-        known = {job_id: run.claim.attempt for job_id, run in self.runs.items()}
-        for held in await self.store.held_by(self.worker_id, known):
-            run = self.runs.get(held.claim.job_id)
-            if run is not None and run.claim.attempt == held.claim.attempt:
-                continue  # its claim has been answered meanwhile
-            log.warning("forgotten_job", job=held.claim.job_id, attempt=held.claim.attempt, running=held.is_running)
-            if held.is_running and held.nothing_shown:
-                self._start(held.claim)
-            else:
-                await self.store.release(held.claim, self.worker_id)  # which ends it, if it has not ended
+        async with self._claiming:  # a drain looks, too: what one has started the other must not start again
+            known = {job_id: run.claim.attempt for job_id, run in self.runs.items()}
+            for held in await self.store.held_by(self.worker_id, known):
+                log.warning("forgotten_job", job=held.claim.job_id, attempt=held.claim.attempt, running=held.is_running)
+                if held.is_running and held.nothing_shown:
+                    self._start(held.claim)
+                else:
+                    await self.store.release(held.claim, self.worker_id)  # which ends it, if it has not ended
         self._reconcile_at = self.loop.time() + RECONCILE_S
 
     async def _claim(self, *, wait_s: int) -> None:
@@ -320,19 +318,20 @@ class QueueWorker(Worker):
         self._drain_task = self.loop.create_task(self._drain(Signals(signum)))
 
     async def _drain(self, signum: Signals) -> None:
+        # Redis may not answer. What is not done then others recover when this worker has ended.
         try:
             async with asyncio.timeout(1):
                 await self.store.tell_draining(self.worker_id)
-        except FAILURES as error:  # only for whoever looks on
+        except FAILURES as error:
             log.warning("drain_not_told", worker=self.worker_id, reason=str(error))
-        await self.store.stop_waiting()
+        try:
+            await self.store.stop_waiting()
+            async with asyncio.timeout(1):
+                await self._reconcile()  # a claim that waited for the bell may have been executed, and cut
+        except FAILURES as error:
+            log.warning("drain_did_not_look", worker=self.worker_id, reason=str(error))
         async with self._claiming:  # what a claim on its way brings is finished, too
             deadline = self.loop.time() + self.settings.drain_timeout_s
-            try:
-                async with asyncio.timeout(1):
-                    await self._reconcile()  # one that waited for the bell may have been executed, and cut
-            except FAILURES as error:  # what it brought is recovered by others when this worker has ended
-                log.warning("drain_did_not_look", worker=self.worker_id, reason=str(error))
         stop_now = asyncio.create_task(self._stop_now.wait())
         while (unfinished := self._unfinished()) and not stop_now.done() and self.loop.time() < deadline:
             await asyncio.wait(

@@ -65,6 +65,7 @@ for i = 1, math.min(2 * most, #waiting), 2 do
       redis.call('PEXPIRE', stream, ARGV[5])
       redis.call('PUBLISH', stream_channel(id), attempt .. '-0 open ' .. worker)
     end
+    redis.call('SADD', worker_jobs_key(worker), id)
     redis.call('HSET', record, 'status', 'running', 'attempt', attempt, 'opened', attempt, 'worker', worker,
                'started_ms', started, 'deadline_ms', deadline)
     redis.call('ZREM', shelf_key(shelf_of(job[8], job[9], job[10], 'queued', '', job[11])), id)
@@ -83,7 +84,6 @@ for i = 1, math.min(2 * most, #waiting), 2 do
 end
 if #ids > 0 then
   redis.call('ZREM', KEYS[1], unpack(ids))
-  redis.call('SADD', worker_jobs_key(worker), unpack(ids))
   redis.call('PEXPIRE', worker_jobs_key(worker), ARGV[5])
 end
 

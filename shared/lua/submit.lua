@@ -29,7 +29,7 @@ if before and before[1] then
       if status == 'queued' and deadline > tonumber(before[4]) then
         redis.call('HSET', job_key(before_id), 'deadline_ms', int(deadline))
         redis.call('ZADD', deadlines, int(deadline), before_id)
-        for _, of_job in ipairs({job_key, request_key, attachments_key, arq_job_key}) do
+        for _, of_job in ipairs({job_key, request_key, attachments_key, arq_job_key, stream_key}) do
           redis.call('PEXPIRE', of_job(before_id), ttl_ms)
         end
       end

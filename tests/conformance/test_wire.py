@@ -125,3 +125,33 @@ async def test_a_silent_connection_that_is_dead_is_given_up(
                         await listening
         finally:
             await client.aclose(close_connection_pool=True)
+
+
+async def test_a_line_that_is_closed_while_it_connects_tells_who_calls() -> None:
+    """It must not look as if the caller had been cancelled."""
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.set()
+        await reader.read(-1)
+        writer.close()
+
+    connected = asyncio.Event()
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        client = connect(Settings(redis_url=f"redis://127.0.0.1:{port}/0?protocol=3"))  # which begins with a question
+        line = Line(client)
+        calling = asyncio.create_task(line.call(command("PING"), 1))
+        await connected.wait()
+        await line.aclose()
+        with pytest.raises(FAILURES):
+            await calling
+        await client.aclose(close_connection_pool=True)
+
+
+async def test_a_line_takes_no_connection_that_others_use(line: Line, redis: Any) -> None:
+    """Without its sentinels, who gave one away could not get another."""
+    await redis.ping()
+    free = list(redis.connection_pool._available_connections)
+    await line.call(command("PING"), 1)
+    assert free
+    assert redis.connection_pool._available_connections == free

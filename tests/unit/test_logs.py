@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import pytest
 import structlog
@@ -114,3 +115,33 @@ def test_a_line_that_cannot_be_written_fails_nobody(monkeypatch: pytest.MonkeyPa
         logs.configure(Settings(log_format="json"))
         structlog.get_logger("us").info("to nobody")
     structlog.get_logger("us").info("to a closed file")
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("not bound to a session")
+
+
+@dataclass
+class Account:
+    name: str
+    token: str = field(repr=False)
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize("value", [{(1, 2): 3}, {1: Unspeakable()}, Unspeakable()], ids=["key", "deep", "repr"])
+def test_a_line_that_cannot_be_rendered_fails_nobody(
+    capsys: pytest.CaptureFixture[str], log_format: str, value: object
+) -> None:
+    logs.configure(Settings.model_validate({"log_format": log_format}))
+    structlog.get_logger("agent").info("it_happened", value=value)
+    assert "it_happened" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_line_shows_of_a_dataclass_what_repr_shows(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
+    logs.configure(Settings.model_validate({"log_format": log_format}))
+    structlog.get_logger("agent").info("it_happened", account=Account("alice", "s3cret-token"))
+    line = capsys.readouterr().err
+    assert "alice" in line
+    assert "s3cret-token" not in line
