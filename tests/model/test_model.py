@@ -83,7 +83,7 @@ MUTATIONS: dict[str, tuple[scripts.ScriptName, str, str, Size, str]] = {
     ),
     "a claimed job has no slot": (
         "claim",
-        "redis.call('SADD', worker_jobs_key(worker), unpack(ids))",
+        "redis.call('SADD', worker_jobs_key(worker), id)",
         "",
         ONE,
         "is not held",
