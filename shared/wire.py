@@ -244,6 +244,11 @@ class Line:
         self._wire: CallWire | None = None
         self._wires = AsyncExitStack()  # holds the one that is open
 
+    @property
+    def has_broken(self) -> bool:
+        """Whether what is called next will not go where the calls before it went."""
+        return self._wire is not None and self._wire.is_broken
+
     async def call(self, commands: bytes, replies: int) -> list[Any]:
         """As `CallWire.call`. Refusals are among the replies."""
         wire = self._wire

@@ -18,7 +18,9 @@ from tests.waiting import wait_until
 
 SERVICE = "agents"
 QUORUM = 2
-DOWN_AFTER_MS = 1000
+# Sentinels must not take a server for dead that only waits for a busy machine: that failover would lose entries.
+PATIENT = {"down-after-milliseconds": 60_000, "failover-timeout": 20_000}
+QUICK = {"down-after-milliseconds": 1000, "failover-timeout": 3000}
 
 
 class SentinelCluster:
@@ -62,8 +64,7 @@ class SentinelCluster:
         config.write_text(
             f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
             f"sentinel monitor {SERVICE} 127.0.0.1 {primary_port} {QUORUM}\n"
-            f"sentinel down-after-milliseconds {SERVICE} {DOWN_AFTER_MS}\n"
-            f"sentinel failover-timeout {SERVICE} 3000\n"
+            + "".join(f"sentinel {option} {SERVICE} {value}\n" for option, value in PATIENT.items())
         )
         command = [str(get_binary_path()), str(config), "--sentinel"]
         self._processes.append(self._stack.enter_context(running(command, folder=folder, env={"LC_ALL": "C"})))
@@ -87,6 +88,9 @@ class SentinelCluster:
 
     def fail(self, signum: signal.Signals) -> None:
         """The primary gets this signal. Returns when the replica has taken over."""
+        for sentinel in self._sentinels:
+            for option, value in QUICK.items():
+                sentinel.execute_command("SENTINEL", "SET", SERVICE, option, value)
         self.primary.send_signal(signum)
         self._wait_for_the_other()
 

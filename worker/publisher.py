@@ -285,7 +285,7 @@ class Publisher:
             self._wake.clear()
             attempts, self._waiting = list(self._waiting), {}
             retry_s = FIRST_RETRY_S
-            unconfirmed = False
+            unconfirmed = self._line.has_broken  # a failover may have lost what was confirmed
             while attempts:
                 try:
                     if unconfirmed:

@@ -40,11 +40,13 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.plan: list[str | int | Callable[[], Awaitable[object]] | None] = []
         self.sent: list[list[str]] = []  # the names of the commands of each call
+        self.wires: list[CallWire] = []  # on which each call went
         original = CallWire.call
 
         async def call(wire: CallWire, commands: bytes, replies: int) -> list[Any]:
             parsed = _parsed(commands)
             assert len(parsed) == replies
+            self.wires.append(wire)
             self.sent.append([parts[0].decode() for parts in parsed])
             how = self.plan.pop(0) if self.plan else None
             if callable(how):
@@ -370,6 +372,21 @@ async def test_a_confirmed_entry_that_is_lost_with_the_connection_ends_the_attem
     assert spoken.losses == [Loss.REFUSED]
     assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")], "nothing follows the hole"
     assert await spoken.finish_ok() is Ending.FENCED
+
+
+async def test_a_confirmed_entry_that_is_lost_with_an_idle_connection_ends_the_attempt_with_its_next_word(
+    store: JobStore, spoken: Spoken, calls: Calls
+) -> None:
+    for fragment in (b"a", b"b"):
+        spoken.say(fragment)
+        await spoken.log.flushed()
+    await store.redis.xdel(store.keys.stream(spoken.job_id), "1-2")
+    calls.wires[-1].break_off(RedisConnectionError("a failover, while nobody speaks"))
+    spoken.say(b"c")
+    with pytest.raises(AttemptLostError):
+        await spoken.log.flushed()
+    assert spoken.losses == [Loss.REFUSED]
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")], "nothing follows the hole"
 
 
 async def test_an_entry_of_somebody_else_is_not_taken_for_ones_own(
