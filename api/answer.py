@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import partial
 
 import structlog
 from starlette.requests import Request
 from starlette.types import Receive, Scope
 
 from api.errors import ClientGoneError, JobFailedError
-from api.observe import observed
+from api.observe import AnswerObservation
 from api.protocol import connection_of
 from api.relay import INCOMPLETE, Relay
 from api.services import Services
@@ -133,35 +130,26 @@ class Answer:
     def has_ended(self) -> bool:
         return self._relay.ending is not None
 
-    @asynccontextmanager
-    async def follow(self, scope: Scope, receive: Receive) -> AsyncIterator[Tail]:
-        """The job's tail, watched over: if the client goes away before the ending, it waits for the job no longer."""
-        tail = self._tail
+    def follow(self, scope: Scope, receive: Receive) -> Following:
+        """Begins to follow the job's stream, and to watch the client; ends with the block."""
+        tail, self._tail = self._tail, None
         if tail is None:
             tail = self._services.switchboard.follow(self.job_id)
             tail.begin()
-        watch_no_longer = _watch(scope, receive, partial(self._client_left, tail))
-        try:
-            async with observed(self.job_id, self._ended):
-                try:
-                    yield tail
-                except asyncio.CancelledError:
-                    await asyncio.shield(self._leave("The server was stopped while the client waited."))
-                    raise
-                except (ClientGoneError, OSError):
-                    may_come_back = self._may_come_back and not self.has_been_told
-                    await self._leave("The client went away.", may_come_back=may_come_back)
-                    raise
-        finally:
-            watch_no_longer()
-            tail.end()
+        return Following(self, tail, scope, receive)
 
-    def _client_left(self, tail: Tail) -> None:
+    def client_left(self, tail: Tail) -> None:
+        """Whoever waits for entries is told at once."""
         self._is_client_gone = True
         tail.interrupt()
 
-    def _ended(self) -> OkMarker | ErrorMarker | None:
-        return self._relay.ending
+    async def leave_for(self, error: BaseException | None) -> None:
+        """This client waits no longer, if that is what the error says."""
+        if isinstance(error, asyncio.CancelledError):
+            await asyncio.shield(self._leave("The server was stopped while the client waited."))
+        elif isinstance(error, (ClientGoneError, OSError)):
+            may_come_back = self._may_come_back and not self.has_been_told
+            await self._leave("The client went away.", may_come_back=may_come_back)
 
     async def _leave(self, why: str, *, may_come_back: bool = False) -> None:
         if not self._waits or self.ending is not None:
@@ -198,17 +186,47 @@ class Answer:
         return entries, self.ending or INCOMPLETE
 
 
-def _watch(scope: Scope, receive: Receive, gone: Callable[[], None]) -> Callable[[], object]:
-    """Calls `gone` when the client goes away, until what this returns is called."""
-    if (connection := connection_of(scope)) is not None:
-        return connection.watch(gone)
-    return asyncio.create_task(_wait_for_disconnect(receive, gone)).cancel  # ASGI tells it to whoever waits for it
+class Following:
+    """The job's tail, watched over: if the client goes away before the ending, it waits for the job no longer.
 
+    An async context manager that has begun when it is made, so that another task or function may end it. A class of
+    its own, since an open stream would hold each generator on its way.
+    """
 
-async def _wait_for_disconnect(receive: Receive, gone: Callable[[], None]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    gone()
+    __slots__ = ("_answer", "_connection", "_observation", "_watch", "tail")
+
+    def __init__(self, answer: Answer, tail: Tail, scope: Scope, receive: Receive) -> None:
+        self.tail = tail
+        self._answer = answer
+        self._observation = AnswerObservation(answer.job_id)
+        self._connection = connection_of(scope)
+        self._watch: asyncio.Task[None] | None = None
+        if self._connection is not None:
+            self._connection.watch(self._client_left)
+        else:  # ASGI tells it to whoever waits for it
+            self._watch = asyncio.create_task(self._wait_for_disconnect(receive))
+
+    async def __aenter__(self) -> Tail:
+        return self.tail
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            await self._answer.leave_for(error)
+        finally:
+            self._observation.end(self._answer.ending, error)
+            if self._connection is not None:
+                self._connection.watch_no_longer(self._client_left)
+            if self._watch is not None:
+                self._watch.cancel()
+            self.tail.end()
+
+    def _client_left(self) -> None:
+        self._answer.client_left(self.tail)
+
+    async def _wait_for_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_left()
 
 
 def _explain(error: TailError) -> ErrorMarker:

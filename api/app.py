@@ -15,15 +15,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from api import files, job_webhook, jobs, operations, responses, stored_completions
+from api.bypass import BypassApp
 from api.chat import create_completion, watch_completion
 from api.dashboard.app import dashboard_routes
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.observe import ObserveMiddleware, scrape
-from api.protocol import SERVER_SEND
 from api.reference import reference_routes
 from api.services import Services
 from api.system import health, list_models, ready, retrieve_model
@@ -44,14 +43,6 @@ from shared.wire import Line
 log = structlog.get_logger(__name__)
 
 ERRANDS_S = 3.0  # how long a stopping process waits for what its requests have left to do
-
-
-class _App(Starlette):
-    """Remembers the server's own `send`: what middleware puts around it costs a stream something with every token."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[SERVER_SEND] = send
-        await super().__call__(scope, receive, send)
 
 
 def create_app(settings: Settings | None = None) -> Starlette:
@@ -104,7 +95,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             )
         )
     middleware += [Middleware(ErrorMiddleware), Middleware(AuthMiddleware, settings=settings)]
-    app = _App(
+    app = BypassApp(
         routes=[
             _route("/v1/chat/completions", GET=stored_completions.list_page, POST=create_completion),
             _route(

@@ -25,6 +25,14 @@ EMPTY_ANSWER = "I completed the request but have no answer to show. Please try a
 
 _OPEN, _DELTA, _REASONING = Kind.OPEN, Kind.DELTA, Kind.REASONING  # looking a member up costs more than comparing it
 _ROLE = b'"role":"assistant",'
+_DELTA_BEGINS = b',"choices":[{"index":0,"delta":{'
+_ENDS = {  # of a chunk with a delta, and of the last one, with and without usage
+    include_usage: (
+        b'},"logprobs":null,"finish_reason":null}]' + usage,
+        b'},"logprobs":null,"finish_reason":%b}]' + usage,
+    )
+    for include_usage, usage in ((True, b',"usage":null'), (False, b""))
+}
 
 
 class ChunkEncoder:
@@ -34,7 +42,6 @@ class ChunkEncoder:
         "_delta_end",
         "_delta_head",
         "_finish_end",
-        "_head",
         "_include_sequence_numbers",
         "_include_tool_events",
         "_include_usage",
@@ -67,13 +74,10 @@ class ChunkEncoder:
                 "system_fingerprint": None,
             }
         )[:-1]
-        usage = b',"usage":null' if include_usage else b""
         self._include_usage = include_usage
         self._include_tool_events = include_tool_events
-        self._head = b"data: " + head
-        self._delta_head = self._head + b',"choices":[{"index":0,"delta":{'
-        self._delta_end = b'},"logprobs":null,"finish_reason":null}]' + usage
-        self._finish_end = b'},"logprobs":null,"finish_reason":%b}]' + usage
+        self._delta_head = b"data: " + head + _DELTA_BEGINS
+        self._delta_end, self._finish_end = _ENDS[include_usage]
         self._role = _ROLE
 
     def opening(self) -> bytes:
@@ -120,7 +124,8 @@ class ChunkEncoder:
         role = _ROLE + b'"content":""' if self._role else b""
         frames = self._delta_head + role + self._finish_end % orjson.dumps(ok.finish_reason) + self._chunk_tail()
         if self._include_usage:
-            frames += self._head + b',"choices":[],"usage":' + orjson.dumps(_usage(ok.usage)) + self._chunk_tail()
+            head = self._delta_head.removesuffix(_DELTA_BEGINS)
+            frames += head + b',"choices":[],"usage":' + orjson.dumps(_usage(ok.usage)) + self._chunk_tail()
         return frames + DONE
 
     def error(self, marker: ErrorMarker) -> bytes:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 
 import structlog
 from opentelemetry.trace import SpanKind, Status, StatusCode, get_current_span
@@ -15,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.bypass import stay_inside
 from api.operations import operations_of, operator_of
 from shared import metrics, tracing
 from shared.connection import FAILURES
@@ -59,6 +58,8 @@ class ObserveMiddleware:
             parent = None if is_nested else tracing.context_of(Headers(scope=scope))
             kind = SpanKind.INTERNAL if is_nested else SpanKind.SERVER
             with tracing.span(method, parent, kind=kind) as span:
+                if span.get_span_context().is_valid:
+                    stay_inside(scope)
                 try:
                     await self.app(scope, receive, notice_status)
                 finally:
@@ -87,30 +88,32 @@ def _route(scope: Scope) -> str:
     return path
 
 
-@asynccontextmanager
-async def observed(job_id: str, ending: Callable[[], OkMarker | ErrorMarker | None]) -> AsyncIterator[None]:
-    """Around one client's way through a job: a span, and at the end what became of it."""
-    opened_ms = time.time_ns() // 1_000_000
-    code = metrics.CLIENT_GONE
-    metrics.open_streams.inc()
-    with tracing.span("relay", attributes={"endmark.job.id": job_id}) as span:
-        try:
-            yield
-        except asyncio.CancelledError:
+class AnswerObservation:
+    """One client's way through a job: a span, and at the end what became of it. Made when it begins."""
+
+    __slots__ = ("_opened_ms", "_span", "_spanning")
+
+    def __init__(self, job_id: str) -> None:
+        self._opened_ms = time.time_ns() // 1_000_000
+        self._spanning = tracing.span("relay", attributes={"endmark.job.id": job_id})
+        self._span = self._spanning.__enter__()
+        metrics.open_streams.inc()
+
+    def end(self, ending: OkMarker | ErrorMarker | None, error: BaseException | None) -> None:
+        """`ending`: what the client was told; None: nothing, and `error` is why."""
+        code, finished_ms = metrics.CLIENT_GONE, 0
+        if isinstance(ending, OkMarker):
+            code, finished_ms = metrics.NO_CODE, ending.finished_ms
+        elif ending is not None:
+            code = ending.code
+        elif isinstance(error, asyncio.CancelledError):
             code = ErrorCode.STREAM_INTERRUPTED
-            raise
-        finally:
-            end = ending()
-            finished_ms = 0
-            if isinstance(end, OkMarker):
-                code, finished_ms = metrics.NO_CODE, end.finished_ms
-            elif end is not None:
-                code = end.code
-            if code != metrics.NO_CODE:
-                span.set_attribute("error.type", code)
-                span.set_status(Status(StatusCode.ERROR))
-            metrics.open_streams.dec()
-            metrics.answer_ended(code, finished_ms, opened_ms)
+        if code != metrics.NO_CODE:
+            self._span.set_attribute("error.type", code)
+            self._span.set_status(Status(StatusCode.ERROR))
+        metrics.open_streams.dec()
+        metrics.answer_ended(code, finished_ms, self._opened_ms)
+        self._spanning.__exit__(None, None, None)
 
 
 async def scrape(request: Request) -> Response:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import structlog
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from api.bypass import SERVER_SEND
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -26,9 +26,6 @@ MAX_HEAD_BYTES = 512 * 1024  # request line and headers; one read of the socket 
 # What the kernel buffers for a client beyond what is on its way. By default it takes megabytes, and tells of room only
 # when a third of them is free: a slow client would look like a stalled one, and cost as much.
 UNSENT_BYTES = 128 * 1024
-
-
-SERVER_SEND = "endmark.server_send"  # in the scope: the server's own `send`, without what middleware does at the start
 
 
 class LimitedHttpToolsProtocol(HttpToolsProtocol):
@@ -66,14 +63,13 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
 
     # -- clients that go away ------------------------------------------------------------------------------------------
 
-    def watch(self, gone: Callable[[], None]) -> Callable[[], None]:
-        """Calls `gone` if the client goes away, until what this returns is called."""
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Calls `gone` if the client goes away, until `watch_no_longer`."""
         self._gone = gone
         self.flow.resume_reading()  # a connection that is not read is not seen to end
-        return partial(self._watch_no_longer, gone)
 
-    def _watch_no_longer(self, gone: Callable[[], None]) -> None:
-        if self._gone is gone:  # the next request on the connection may watch already
+    def watch_no_longer(self, gone: Callable[[], None]) -> None:
+        if self._gone == gone:  # the next request on the connection may watch already
             self._gone = None
 
     # -- stalled readers -----------------------------------------------------------------------------------------------

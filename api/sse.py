@@ -21,9 +21,9 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from api.answer import INTERRUPTED, Answer
+from api.answer import INTERRUPTED, Answer, Following
+from api.bypass import SERVER_SEND, go_on
 from api.errors import ApiError, ClientGoneError, GoneError, InvalidRequestError, JobFailedError
-from api.protocol import SERVER_SEND
 from api.relay import INCOMPLETE
 from api.tail import Tail
 from shared.entries import Entry, ErrorMarker, OkMarker
@@ -99,16 +99,27 @@ class StreamedAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises InvalidRequestError, GoneError or JobFailedError before anything is sent."""
         try:
-            server_send = scope.get(SERVER_SEND, send)
-            async with self._answer.follow(scope, receive) as tail:
+            following = self._answer.follow(scope, receive)
+            try:
                 frames = self._encoder.opening()
                 if self._starting_after is not None:
-                    frames += await self._catch_up(tail, self._starting_after)
+                    frames += await self._catch_up(following.tail, self._starting_after)
                 await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+            except BaseException:
+                async with following:
+                    raise
+        except (ClientGoneError, OSError):
+            return
+        await go_on(scope, partial(self._go_on, following, scope.get(SERVER_SEND, send), frames))
+
+    async def _go_on(self, following: Following, send: Send, frames: bytes) -> None:
+        """What comes behind the start."""
+        try:
+            async with following as tail:
                 try:
                     if frames:
-                        await self._send(server_send, frames)
-                    frames = await self._relay_entries(tail, server_send)
+                        await self._send(send, frames)
+                    frames = await self._relay_entries(tail, send)
                 except asyncio.CancelledError:  # the server stops, and has waited long enough
                     if not self._is_sending and self._unsent is None:  # a frame that was cut must not be gone on with
                         await send({"type": "http.response.body", "body": self._encoder.broken(INTERRUPTED)})
@@ -116,7 +127,7 @@ class StreamedAnswer(Response):
         except (ClientGoneError, OSError):
             return
         with suppress(ClientGoneError):
-            await self._send_piece(server_send, frames + self._last_frames(), more_body=False)
+            await self._send_piece(send, frames + self._last_frames(), more_body=False)
         if self.background is not None:
             await self.background()
 
@@ -158,6 +169,8 @@ class StreamedAnswer(Response):
         push = partial(self._push, send) if _sends_at_once(send) else None
         self._said_at = self._sent_at = now()
         while not answer.has_ended():
+            entries: list[Entry] = []
+            frames = b""  # what was sent is not to be kept for as long as the next word takes
             due_at = min(self._sent_at + ping_s, self._said_at + heartbeat_s)
             entries = await answer.entries(tail, max(0.0, due_at - now()), push)
             if self._unsent is not None:
