@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, 
 from contextlib import suppress
 from functools import partial
 from types import coroutine
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from starlette.background import BackgroundTask
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from api.answer import INTERRUPTED, Answer, Following
 from api.bypass import SERVER_SEND, go_on
@@ -217,7 +217,7 @@ class StreamedAnswer(Response):
 
     async def _send_piece(self, send: Send, piece: bytes, *, more_body: bool = True) -> None:
         if not _sends_at_once(send):
-            await self._wait_for(send(_part(piece, more_body=more_body)))
+            await self._wait_for(send({"type": "http.response.body", "body": piece, "more_body": more_body}))
         elif (rest := _begin(send, piece, more_body=more_body)) is not None:
             await self._wait_for(rest)
 
@@ -232,10 +232,6 @@ class StreamedAnswer(Response):
         self._is_sending = False
 
 
-def _part(frames: bytes, *, more_body: bool) -> Message:
-    return {"type": "http.response.body", "body": frames, "more_body": more_body}
-
-
 def _sends_at_once(send: Send) -> bool:
     """Whether this is uvicorn's own `send`: it waits, if at all, before it writes, and needs no task for that."""
     return type(getattr(send, "__self__", None)).__module__.startswith("uvicorn.")
@@ -243,7 +239,7 @@ def _sends_at_once(send: Send) -> bool:
 
 def _begin(send: Send, frames: bytes, *, more_body: bool = True) -> Awaitable[None] | None:
     """Sends frames if the client takes them now. Otherwise returns what has to be awaited, and sends them then."""
-    sending = cast("Coroutine[Any, Any, None]", send(_part(frames, more_body=more_body)))
+    sending: Any = send({"type": "http.response.body", "body": frames, "more_body": more_body})
     try:
         waits_for = sending.send(None)
     except StopIteration:

@@ -478,10 +478,9 @@ class Switchboard:
 
     def hear(self, response: Any) -> None:
         if type(response) is list and response[0] == b"message":
-            _, channel, payload = response
-            tails = self._tails.get(channel)
+            tails = self._tails.get(response[1])
             if tails is not None:
-                self._deliver(tails, payload)
+                self._deliver(tails, response[2])
             return
         match response:
             case [b"subscribe", channel, _]:

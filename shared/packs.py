@@ -15,9 +15,10 @@ docs/protocol.md is the specification.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
-from shared.entries import BEGINNING, Entry, EntryId, Kind, UnreadableEntryError, entry_from_fields
+from shared.entries import Entry, EntryId, Kind, UnreadableEntryError, entry_from_fields
 
 PACK = "pack"  # the field name of a row that is a pack; no entry's kind
 PACK_ENTRIES = 256  # the most that one pack holds
@@ -38,46 +39,37 @@ class Row(NamedTuple):
     payload: bytes
 
 
-class _Run(NamedTuple):
-    """Neighbours of one kind in what becomes a pack."""
-
-    kind: Kind
-    lengths: list[int]
-    payloads: list[bytes]
-
-
 class Packer:
     """Makes rows of the entries of a stream, in their order, as they come."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []  # complete, and not taken yet
-        self._open: list[_Run] = []  # what the next pack holds so far
-        self._open_entries = self._open_bytes = 0
-        self._next = BEGINNING  # the only id that may join what is open
+        self._kinds: list[Kind] = []  # of what the next pack holds so far
+        self._payloads: list[bytes] = []
+        self._bytes = 0
+        self._attempt = self._next = 0  # the only id that may join what is open
 
     def add(self, entry: Entry) -> None:
         """The next entry of the stream."""
-        entry_id, kind, payload = entry
-        size = len(payload)
+        (attempt, sequence), kind, payload = entry
+        together = self._bytes + len(payload)
         joins = (
-            entry_id == self._next
+            sequence == self._next
+            and attempt == self._attempt
             and kind in _CODES
-            and self._open_entries < PACK_ENTRIES
-            and self._open_bytes + size <= PACK_BYTES
+            and len(self._payloads) < PACK_ENTRIES
+            and together <= PACK_BYTES
         )
         if not joins:
             self._close()
             if kind not in _CODES:
-                self._rows.append(Row(entry_id, kind.value, payload))
+                self._rows.append(Row(entry.id, kind.value, payload))
                 return
-        if not self._open or self._open[-1].kind is not kind:
-            self._open.append(_Run(kind, [], []))
-        run = self._open[-1]
-        run.lengths.append(size)
-        run.payloads.append(payload)
-        self._open_entries += 1
-        self._open_bytes += size
-        self._next = EntryId(entry_id.attempt, entry_id.sequence + 1)
+            together = len(payload)
+        self._kinds.append(kind)
+        self._payloads.append(payload)
+        self._bytes = together
+        self._attempt, self._next = attempt, sequence + 1
 
     def rows(self) -> list[Row]:
         """Those that have become complete since the last call."""
@@ -91,30 +83,32 @@ class Packer:
 
     def _close(self) -> None:
         """What is open becomes a row."""
-        if self._open:
-            first = self._open[0]
-            last = EntryId(self._next.attempt, self._next.sequence - 1)
-            is_pack = self._open_entries > 1
-            name, payload = (PACK, _pack(self._open)) if is_pack else (first.kind.value, first.payloads[0])
-            self._rows.append(Row(last, name, payload))
-        self._open = []
-        self._open_entries = self._open_bytes = 0
-        self._next = BEGINNING
+        kinds, payloads = self._kinds, self._payloads
+        if payloads:
+            is_pack = len(payloads) > 1
+            name, payload = (PACK, _pack(kinds, payloads)) if is_pack else (kinds[0].value, payloads[0])
+            self._rows.append(Row(EntryId(self._attempt, self._next - 1), name, payload))
+            self._kinds, self._payloads = [], []
+        self._bytes = self._attempt = self._next = 0
 
 
-def _pack(runs: Sequence[_Run]) -> bytes:
-    """The payload of a pack."""
+def _pack(kinds: Sequence[Kind], payloads: Sequence[bytes]) -> bytes:
+    """The payload of a pack: how long each entry is, by runs of one kind, and then what all of them hold."""
+    runs = [(kind, sum(1 for _ in run)) for kind, run in groupby(kinds)]
     table = bytearray([_VERSION])
     _write(table, len(runs))
-    for run in runs:
-        table.append(_CODES[run.kind])
-        _write(table, len(run.lengths))
-        if max(run.lengths) <= 0x7F:
-            table += bytes(run.lengths)
+    at = 0
+    for kind, count in runs:
+        lengths = [len(payload) for payload in payloads[at : at + count]]
+        at += count
+        table.append(_CODES[kind])
+        _write(table, count)
+        if max(lengths) <= 0x7F:
+            table += bytes(lengths)
         else:
-            for length in run.lengths:
+            for length in lengths:
                 _write(table, length)
-    return b"".join((table, *(payload for run in runs for payload in run.payloads)))
+    return b"".join((table, *payloads))
 
 
 def unpack(last: EntryId, payload: bytes) -> list[Entry]:

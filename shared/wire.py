@@ -129,7 +129,8 @@ class CallWire(Wire):
     def __init__(self, transport: asyncio.Transport) -> None:
         super().__init__(transport)
         self._calls: deque[tuple[asyncio.Future[list[Any]], int]] = deque()  # oldest first; how many replies each gets
-        self._replies: list[Any] = []  # to the oldest, so far
+        self._replies: list[Any] = []  # that no call has got yet
+        self.heard = self._replies.append  # type: ignore[assignment,method-assign]  # one call less for each reply
 
     @property
     def is_broken(self) -> bool:
@@ -149,17 +150,17 @@ class CallWire(Wire):
         self.write(commands)
         return await answered
 
-    def heard(self, reply: Any) -> None:
-        self._replies.append(reply)
-        answered, expected = self._calls[0]
-        if len(self._replies) == expected:
-            del self._calls[0]
-            replies, self._replies = self._replies, []
-            if not answered.done():  # nobody waits for a call that was cancelled
-                answered.set_result(replies)
-
     def heard_all(self) -> None:
-        """Each call was answered as soon as its replies were there."""
+        replies, calls = self._replies, self._calls
+        given = 0
+        while calls and given + calls[0][1] <= len(replies):
+            answered, expected = calls.popleft()
+            if not answered.done():  # nobody waits for a call that was cancelled
+                answered.set_result(replies[given : given + expected])
+            given += expected
+        del replies[:given]
+        if replies and not calls:
+            raise RedisConnectionError("Redis has answered what nobody asked")
 
     def broken(self, error: Exception) -> None:
         for answered, _ in self._calls:

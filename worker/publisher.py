@@ -31,6 +31,7 @@ from shared.wire import Line, command
 
 log = structlog.get_logger(__name__)
 
+_new = tuple.__new__  # as `Entry(EntryId(...), ...)`, at half the price: a worker pays it for every token
 HIGH_WATER_BYTES = 64 * 1024  # an attempt with more than this unsent has to wait before it says more
 _STORED = {bytes}  # what Redis answers to appends that it has taken: ids
 KEPT_BYTES = 64 * 1024  # of what an attempt has said that it keeps, to pack its stream without reading it again
@@ -72,7 +73,10 @@ class AttemptLog:
         self.loss: Loss | None = None
         self._publisher = publisher
         self._on_lost = on_lost
-        self._commands = publisher.commands_for(claim)
+        self._keys = publisher.keys_of(claim)
+        self._template = b""  # of the commands of an entry, see `append_and_publish`
+        self._message_bytes = 0
+        self._template_is_for: tuple[Kind, int, int] = (Kind.OPEN, 0, 0)  # a kind, and sequences from, and below
         self._packer: Packer | None = None
         if claim.attempt == 1:  # of a later one, the stream holds what others wrote
             self._packer = Packer()
@@ -146,21 +150,22 @@ class AttemptLog:
     # -- for the publisher ---------------------------------------------------------------------------------------------
 
     def _number_entries(self) -> None:
-        if not self._said:
+        said = self._said
+        if not said:
             return
-        said, self._said = self._said, []
+        self._said = []
         offset_ms = int((time.monotonic() - self._began_at) * 1000)
-        attempt, tally, packer = self.claim.attempt, self._tally, self._packer
+        attempt, tally, packer, offsets_ms = self.claim.attempt, self._tally, self._packer, self._offsets_ms
         numbered = []
-        for kind, payload in merge(said):
+        for kind, payload in merge(said) if len(said) > 1 else said:
             tally.add(kind, payload)
-            entry = Entry(EntryId(attempt, tally.count), kind, payload)
+            entry = _new(Entry, (_new(EntryId, (attempt, tally.count)), kind, payload))
             numbered.append(entry)
             if packer is not None:
                 packer.add(entry)
                 self._kept_bytes += len(payload)
-            if len(self._offsets_ms) < timing.MAX_ENTRIES:
-                self._offsets_ms.append(offset_ms)
+            if len(offsets_ms) < timing.MAX_ENTRIES:
+                offsets_ms.append(offset_ms)
         if self._kept_bytes > KEPT_BYTES:
             self._packer = None
         # A new list: the one before may be on its way.
@@ -177,21 +182,40 @@ class AttemptLog:
 
     def append_and_publish(self, entry: Entry) -> bytes:
         """The two commands that an entry costs: `XADD ... NOMKSTREAM` and `PUBLISH`."""
-        (attempt, sequence), kind, payload = entry
-        entry_id = b"%d-%d" % (attempt, sequence)
-        name = kind.encode()
-        return self._commands % (
-            len(entry_id),
-            entry_id,
-            len(name),
-            name,
-            len(payload),
-            payload,
-            len(entry_id) + len(name) + len(payload) + 2,
-            entry_id,
-            name,
-            payload,
+        (_, sequence), kind, payload = entry
+        for_kind, first, behind = self._template_is_for
+        if kind is not for_kind or not first <= sequence < behind:
+            self._make_template(kind, sequence)
+        size = len(payload)
+        return self._template % (sequence, size, payload, self._message_bytes + size, sequence, payload)
+
+    def _make_template(self, kind: Kind, sequence: int) -> None:
+        """For all entries of a kind whose sequence has as many digits."""
+        stream, channel = self._keys
+        digits, name, attempt = len(str(sequence)), kind.encode(), b"%d" % self.claim.attempt
+        id_bytes = len(attempt) + 1 + digits
+        self._message_bytes = id_bytes + len(name) + 2  # beside the payload
+
+        def argument(text: bytes) -> bytes:
+            return (b"$%d\r\n%b\r\n" % (len(text), text)).replace(b"%", b"%%")
+
+        entry_id = attempt + b"-%d"
+        self._template = b"".join(
+            (
+                b"*6\r\n",
+                *map(argument, (b"XADD", stream, b"NOMKSTREAM")),
+                b"$%d\r\n" % id_bytes,
+                entry_id,
+                b"\r\n",
+                argument(name),
+                b"$%d\r\n%b\r\n*3\r\n",
+                *map(argument, (b"PUBLISH", channel)),
+                b"$%d\r\n",
+                entry_id,
+                b" " + name + b" %b\r\n",
+            )
         )
+        self._template_is_for = kind, 10 ** (digits - 1), 10**digits
 
     def landed(self, last: EntryId) -> None:
         """Redis has every entry up to `last`."""
@@ -260,15 +284,10 @@ class Publisher:
         """The log of a claimed attempt. `on_lost` is called at most once, as soon as Redis refuses an entry."""
         return AttemptLog(self, claim, on_lost)
 
-    def commands_for(self, claim: Claim) -> bytes:
-        """A template of the commands that append and publish an entry, see `AttemptLog.append_and_publish`."""
-        stream = self._store.keys.stream(claim.job_id).encode()
-        channel = self._store.keys.stream_channel(claim.job_id).encode()
-        append = b"*6\r\n$4\r\nXADD\r\n$%d\r\n%b\r\n$10\r\nNOMKSTREAM\r\n" % (len(stream), stream)
-        publish = b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n" % (len(channel), channel)
-        return (
-            append.replace(b"%", b"%%") + b"$%d\r\n%b\r\n" * 3 + publish.replace(b"%", b"%%") + b"$%d\r\n%b %b %b\r\n"
-        )
+    def keys_of(self, claim: Claim) -> tuple[bytes, bytes]:
+        """A job's stream and its channel."""
+        keys = self._store.keys
+        return keys.stream(claim.job_id).encode(), keys.stream_channel(claim.job_id).encode()
 
     def opening_of(self, claim: Claim) -> Entry:
         """The entry that opens the attempt, as the claim has written it."""
@@ -276,8 +295,9 @@ class Publisher:
 
     def notice(self, attempt: AttemptLog) -> None:
         """This attempt has something to send."""
+        if not self._waiting:
+            self._wake.set()
         self._waiting[attempt] = None
-        self._wake.set()
 
     async def _flush_forever(self) -> None:
         while True:
@@ -323,7 +343,7 @@ class Publisher:
         """
         sent: list[tuple[AttemptLog, list[Entry], _Finish | None]] = []
         commands: list[bytes] = []
-        replies = count = size = 0
+        count = size = markers = 0
         for attempt in attempts:
             entries, finish = attempt.take()
             sent.append((attempt, entries, finish))
@@ -333,24 +353,26 @@ class Publisher:
             count += len(entries)
             if finish is not None:
                 commands.append(self._finish_command(attempt, finish))
-                replies += 1
-        answers = await self._call(commands, 2 * count + replies)
+                markers += 1
+        answers = await self._call(commands, 2 * count + markers)
+        metrics.flushed(count, size)
+        if not markers and set(map(type, answers[::2])) <= _STORED:  # an append and its publication answer one each
+            for attempt, entries, _ in sent:
+                if entries:
+                    attempt.landed(entries[-1].id)
+            return []
 
         again: list[AttemptLog] = []
         at = 0
         for attempt, entries, finish in sent:
-            # An append and its publication answer one each.
             behind = at + 2 * len(entries)
             stored, ending = answers[at:behind:2], None
             at = behind
             if finish is not None:
                 ending = answers[at]
                 at += 1
-            if finish is None and set(map(type, stored)) == _STORED:
-                attempt.landed(entries[-1].id)
-            elif not await self._settle(attempt, entries, stored, ending, asked=asked):
+            if not await self._settle(attempt, entries, stored, ending, asked=asked):
                 again.append(attempt)
-        metrics.flushed(count, size)
         return again
 
     async def _settle(

@@ -14,7 +14,7 @@ import hiredis
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from shared.entries import MAX_ENTRY_BYTES, Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally
+from shared.entries import MAX_ENTRY_BYTES, Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally, entry_to_message
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
 from shared.wire import CallWire, command
@@ -175,6 +175,30 @@ async def test_kinds_keep_their_order(store: JobStore, spoken: Spoken) -> None:
         (Kind.TOOL_CALL, b'{"index":1}'),
         (Kind.DELTA, b"!"),
     ]
+
+
+async def test_ids_of_every_length_are_stored_and_published_as_they_are(
+    store: JobStore, spoken: Spoken, calls: Calls
+) -> None:
+    await store.redis.script_load(store.script("finish").script)
+    words = [b"%d" % number for number in range(1, 121)]
+    async with store.redis.pubsub() as pubsub:
+        await pubsub.subscribe(store.keys.stream_channel(spoken.job_id))
+        assert (await pubsub.get_message(timeout=5))["type"] == "subscribe"
+        for number, word in enumerate(words, start=1):
+            spoken.say(word, kind=Kind.REASONING if number % 7 == 0 else Kind.DELTA)
+            if number in (9, 99):  # what is sent again then has ids of two lengths
+                calls.plan = ["before"]
+                await asyncio.sleep(0)
+            else:
+                await spoken.log.flushed()
+        assert await spoken.finish_ok() is Ending.DONE
+        heard: list[bytes] = []
+        while not heard or b" ok " not in heard[-1]:
+            heard.append((await pubsub.get_message(timeout=5))["data"])
+    assert [payload for _, payload in await said_in(store, spoken.job_id)] == words
+    assert heard == [entry_to_message(entry) for entry in (await entries_of(store, spoken.job_id))[1:]]
+    await assert_whole(store, spoken.job_id)
 
 
 async def test_much_said_in_one_breath_becomes_entries_of_a_limited_size(store: JobStore, spoken: Spoken) -> None:

@@ -16,6 +16,7 @@ from shared.connection import FAILURES, connect
 from shared.settings import Settings
 from shared.wire import Line, ListenWire, command, open_wire
 from tests.proxy import Proxy
+from tests.waiting import async_wait_until
 
 
 @pytest.fixture
@@ -89,6 +90,15 @@ async def test_when_the_connection_is_killed_every_call_is_told_and_the_next_one
     for outcome in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(outcome, FAILURES)
     assert await said(line, "again") == "again"
+
+
+async def test_an_answer_that_nobody_asked_for_is_not_given_to_the_next_call(line: Line) -> None:
+    await line.call(command("PING"), 1)
+    wire = line._wire
+    assert wire is not None
+    wire.write(command("ECHO", "stray"))
+    await async_wait_until(lambda: wire.is_broken, timeout=5, description="the end of a connection that is out of step")
+    assert await line.call(command("ECHO", "asked"), 1) == [b"asked"]
 
 
 async def test_a_call_that_is_not_answered_fails(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
