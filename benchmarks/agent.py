@@ -19,9 +19,12 @@ from worker.agents.contract import Turn
 from worker.agents.media import divide, text_of
 
 
-async def speak(text: str) -> AsyncIterator[str]:
-    """The tokens that a user's message asks for, each stamped with the instant at which it is made."""
-    script = Script.parse(text.encode())
+async def agent(asked: str | Turn) -> AsyncIterator[str]:
+    """The tokens that a user's message asks for, each stamped with the instant at which it is made.
+
+    `asked`: the message, or the turn that has it.
+    """
+    script = Script.parse((asked if isinstance(asked, str) else text_of(divide(asked).question)).encode())
     now = asyncio.get_running_loop().time
     next_at = now() + script.first_token_delay_s
     for sequence in range(script.tokens):
@@ -32,9 +35,3 @@ async def speak(text: str) -> AsyncIterator[str]:
         elif sequence % script.events_per_write == 0:
             await asyncio.sleep(0)
         yield stamped_token(sequence)
-
-
-async def agent(turn: Turn) -> AsyncIterator[str]:
-    """The same for a worker of Endmark."""
-    async for token in speak(text_of(divide(turn).question)):
-        yield token

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from benchmarks.agent import speak
+from benchmarks.agent import agent
 
 Message = dict[str, Any]
 
@@ -39,7 +39,7 @@ async def app(scope: Message, receive: Any, send: Any) -> None:
     after = b'},"logprobs":null,"finish_reason":null}]}\n\n'
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    async for token in speak(request["messages"][-1]["content"]):
+    async for token in agent(request["messages"][-1]["content"]):
         chunk = before + orjson.dumps(token) + after
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
     ending = b"data: " + head + b',"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}\n\n'

@@ -189,6 +189,10 @@ def merge(entries: list[tuple[Kind, bytes]]) -> list[tuple[Kind, bytes]]:
     """Joins neighbouring fragments of one kind, up to MAX_ENTRY_BYTES; order and bytes stay as they were said."""
     if len(entries) <= 1:
         return list(entries)
+    if len({kind for kind, _ in entries}) == 1 and entries[0][0] in MERGEABLE:  # as nearly always
+        whole = b"".join([payload for _, payload in entries])
+        if len(whole) <= MAX_ENTRY_BYTES:
+            return [(entries[0][0], whole)]
     merged: list[tuple[Kind, bytes]] = []
     run: list[bytes] = []
     run_kind: Kind | None = None

@@ -109,7 +109,8 @@ class AttemptLog:
             self._publisher.notice(self)
         self._said.append((kind, payload))
         self._bytes_waiting += len(payload)
-        self.must_wait = self._bytes_waiting > HIGH_WATER_BYTES
+        if self._bytes_waiting > HIGH_WATER_BYTES:
+            self.must_wait = True
 
     def packed_rows(self) -> list[Row] | None:
         """The rows of the packed stream, if this attempt has ended its job; None if not all of them were kept."""

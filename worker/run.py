@@ -124,9 +124,9 @@ class StreamVoice:
             await self._flushed()
 
     def _append(self, kind: Kind, payload: bytes) -> None:
-        self.last_said_at = self.last_word_at = time.monotonic()
+        now = self.last_said_at = self.last_word_at = time.monotonic()
         if self.first_said_at is None:
-            self.first_said_at = self.last_said_at
+            self.first_said_at = now
         self._bytes_left -= len(payload)
         if self._bytes_left < 0:
             raise AgentError("The answer is longer than this deployment allows.")
