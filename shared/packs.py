@@ -47,29 +47,29 @@ class Packer:
         self._kinds: list[Kind] = []  # of what the next pack holds so far
         self._payloads: list[bytes] = []
         self._bytes = 0
-        self._attempt = self._next = 0  # the only id that may join what is open
+        self._attempt = self._next = 0  # the only id that may join it
 
     def add(self, entry: Entry) -> None:
         """The next entry of the stream."""
-        (attempt, sequence), kind, payload = entry
-        together = self._bytes + len(payload)
-        joins = (
-            sequence == self._next
-            and attempt == self._attempt
-            and kind in _CODES
-            and len(self._payloads) < PACK_ENTRIES
-            and together <= PACK_BYTES
-        )
-        if not joins:
+        self.add_all(entry.id, [(entry.kind, entry.payload)])
+
+    def add_all(self, first: EntryId, entries: Sequence[tuple[Kind, bytes]]) -> None:
+        """The next entries of the stream, of one attempt and without a gap; `first` is the id of the first of them."""
+        attempt, sequence = first
+        if (attempt, sequence) != (self._attempt, self._next):
             self._close()
-            if kind not in _CODES:
-                self._rows.append(Row(entry.id, kind.value, payload))
-                return
-            together = len(payload)
-        self._kinds.append(kind)
-        self._payloads.append(payload)
-        self._bytes = together
-        self._attempt, self._next = attempt, sequence + 1
+        for kind, payload in entries:
+            size = len(payload)
+            if kind not in _CODES or self._bytes + size > PACK_BYTES or len(self._payloads) == PACK_ENTRIES:
+                self._close()
+            if kind in _CODES:
+                self._kinds.append(kind)
+                self._payloads.append(payload)
+                self._bytes += size
+                self._attempt, self._next = attempt, sequence + 1
+            else:
+                self._rows.append(Row(EntryId(attempt, sequence), kind.value, payload))
+            sequence += 1
 
     def rows(self) -> list[Row]:
         """Those that have become complete since the last call."""

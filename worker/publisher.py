@@ -31,10 +31,11 @@ from shared.wire import Line, command
 
 log = structlog.get_logger(__name__)
 
-_new = tuple.__new__  # as `Entry(EntryId(...), ...)`, at half the price: a worker pays it for every token
 HIGH_WATER_BYTES = 64 * 1024  # an attempt with more than this unsent has to wait before it says more
 _STORED = {bytes}  # what Redis answers to appends that it has taken: ids
-KEPT_BYTES = 64 * 1024  # of what an attempt has said that it keeps, to pack its stream without reading it again
+KEPT_BYTES, KEPT_ENTRIES = 64 * 1024, 4096  # what an attempt keeps of what it has said, to pack its stream from
+
+_Said = tuple[Kind, bytes]
 
 
 class Loss(StrEnum):
@@ -66,7 +67,10 @@ class _Finish(NamedTuple):
 
 
 class AttemptLog:
-    """What one attempt says, in order. Made by `Publisher.open`."""
+    """What one attempt says, in order. Made by `Publisher.open`.
+
+    An entry is known by its place: the sequence of the n-th is n.
+    """
 
     def __init__(self, publisher: Publisher, claim: Claim, on_lost: Callable[[Loss], None]) -> None:
         self.claim = claim
@@ -77,19 +81,18 @@ class AttemptLog:
         self._template = b""  # of the commands of an entry, see `append_and_publish`
         self._message_bytes = 0
         self._template_is_for: tuple[Kind, int, int] = (Kind.OPEN, 0, 0)  # a kind, and sequences from, and below
-        self._packer: Packer | None = None
-        if claim.attempt == 1:  # of a later one, the stream holds what others wrote
-            self._packer = Packer()
-            self._packer.add(publisher.opening_of(claim))
+        # What it has said so far; None: too much, or of a later attempt, behind whose opening the stream holds more.
+        self._kept: list[_Said] | None = [] if claim.attempt == 1 else None
+        self._kept_bytes = 0
+        self._stored_marker: Entry | None = None
         self._tally = Tally()
-        self._said: list[tuple[Kind, bytes]] = []  # not yet entries
-        self._unsent: list[Entry] = []  # numbered; on their way or waiting for a retry
-        self._confirmed = EntryId(claim.attempt, 0)  # Redis has had everything up to here
+        self._said: list[_Said] = []  # not yet entries
+        self._unsent: list[_Said] = []  # the newest entries, on their way or waiting for a retry
+        self._confirmed = 0  # the sequence up to which Redis has had everything
         self._finish: _Finish | None = None
-        self._finished = self._has_ended_job = False
+        self._finished = False
         self._began_at = time.monotonic()
         self._offsets_ms = array("I")  # when each entry was numbered, since then
-        self._kept_bytes = 0
         self._bytes_waiting = 0
         self.must_wait = False  # whether to wait for `flushed` before more is said
         self._flushed = asyncio.Event()
@@ -114,7 +117,13 @@ class AttemptLog:
 
     def packed_rows(self) -> list[Row] | None:
         """The rows of the packed stream, if this attempt has ended its job; None if not all of them were kept."""
-        return self._packer.all_rows() if self._packer is not None and self._has_ended_job else None
+        if self._kept is None or self._stored_marker is None:
+            return None
+        packer = Packer()
+        packer.add(self._publisher.opening_of(self.claim))
+        packer.add_all(EntryId(self.claim.attempt, 1), self._kept)
+        packer.add(self._stored_marker)
+        return packer.all_rows()
 
     async def flushed(self) -> None:
         """Returns once Redis has everything said so far. Raises AttemptLostError."""
@@ -155,35 +164,32 @@ class AttemptLog:
         if not said:
             return
         self._said = []
-        offset_ms = int((time.monotonic() - self._began_at) * 1000)
-        attempt, tally, packer, offsets_ms = self.claim.attempt, self._tally, self._packer, self._offsets_ms
-        numbered = []
-        for kind, payload in merge(said) if len(said) > 1 else said:
+        if len(said) > 1:
+            said = merge(said)
+        tally, offset_ms = self._tally, int((time.monotonic() - self._began_at) * 1000)
+        for kind, payload in said:
             tally.add(kind, payload)
-            entry = _new(Entry, (_new(EntryId, (attempt, tally.count)), kind, payload))
-            numbered.append(entry)
-            if packer is not None:
-                packer.add(entry)
-                self._kept_bytes += len(payload)
-            if len(offsets_ms) < timing.MAX_ENTRIES:
-                offsets_ms.append(offset_ms)
-        if self._kept_bytes > KEPT_BYTES:
-            self._packer = None
+            self._kept_bytes += len(payload)
+            if tally.count <= timing.MAX_ENTRIES:
+                self._offsets_ms.append(offset_ms)
+        if self._kept is not None:
+            self._kept += said
+            if self._kept_bytes > KEPT_BYTES or tally.count > KEPT_ENTRIES:
+                self._kept = None
         # A new list: the one before may be on its way.
-        self._unsent = self._unsent + numbered if self._unsent else numbered
+        self._unsent = self._unsent + said if self._unsent else said
 
     def timing(self) -> bytes:
         """When its entries were said, as it is kept."""
         return timing.encode(self._offsets_ms) if self._offsets_ms else b""
 
-    def take(self) -> tuple[list[Entry], _Finish | None]:
-        """Everything that has to be sent now."""
+    def take(self) -> tuple[int, list[_Said], _Finish | None]:
+        """Everything that has to be sent now: entries, with the sequence of the first of them, and the marker."""
         self._number_entries()
-        return self._unsent, self._finish
+        return self._tally.count - len(self._unsent) + 1, self._unsent, self._finish
 
-    def append_and_publish(self, entry: Entry) -> bytes:
+    def append_and_publish(self, sequence: int, kind: Kind, payload: bytes) -> bytes:
         """The two commands that an entry costs: `XADD ... NOMKSTREAM` and `PUBLISH`."""
-        (_, sequence), kind, payload = entry
         for_kind, first, behind = self._template_is_for
         if kind is not for_kind or not first <= sequence < behind:
             self._make_template(kind, sequence)
@@ -218,15 +224,13 @@ class AttemptLog:
         )
         self._template_is_for = kind, 10 ** (digits - 1), 10**digits
 
-    def landed(self, last: EntryId) -> None:
-        """Redis has every entry up to `last`."""
-        if last > self._confirmed:
-            self._confirmed = last
-        is_all = not self._unsent or self._unsent[-1].id == last
-        self._unsent = [] if is_all else [entry for entry in self._unsent if entry.id > last]
+    def landed(self, last: int) -> None:
+        """Redis has every entry up to this sequence."""
+        self._confirmed = max(self._confirmed, last)
+        left = self._tally.count - last
+        self._unsent = self._unsent[-left:] if left > 0 else []
         if self._unsent or self._said:
-            waiting = sum([len(entry.payload) for entry in self._unsent])
-            self._bytes_waiting = waiting + sum([len(payload) for _, payload in self._said])
+            self._bytes_waiting = sum([len(payload) for _, payload in (*self._unsent, *self._said)])
         else:
             self._bytes_waiting = 0
             self._flushed.set()
@@ -234,15 +238,14 @@ class AttemptLog:
 
     def may_go_on_behind(self, last: EntryId) -> bool:
         """Whether a stream that ends with `last` is this attempt's own: nothing is lost, nothing a stranger's."""
-        newest = self._finish.marker.id if self._finish is not None else EntryId(self.claim.attempt, self._tally.count)
-        return self._confirmed <= last <= newest
+        newest = self._tally.count if self._finish is None else self._finish.marker.id.sequence
+        return last.attempt == self.claim.attempt and self._confirmed <= last.sequence <= newest
 
     def ended(self, ending: Ending) -> None:
         """Redis has answered for the marker."""
         if self._finish is not None:
-            if ending is Ending.DONE and self._packer is not None:
-                self._packer.add(self._finish.marker)
-                self._has_ended_job = True
+            if ending is Ending.DONE:
+                self._stored_marker = self._finish.marker
             if not self._finish.ending.done():
                 self._finish.ending.set_result(ending)
         self._finish = None
@@ -252,7 +255,7 @@ class AttemptLog:
         if self.loss is not None:
             return
         self.loss = loss
-        self._said, self._unsent, self._packer = [], [], None
+        self._said, self._unsent, self._kept = [], [], None
         self._bytes_waiting = 0
         self.must_wait = False
         self._flushed.set()
@@ -342,15 +345,16 @@ class Publisher:
         `asked`: what has landed was asked for just before. An entry that is refused all the same, and not because there
         is a later one by now, never will be stored.
         """
-        sent: list[tuple[AttemptLog, list[Entry], _Finish | None]] = []
+        sent: list[tuple[AttemptLog, int, int, bool]] = []  # how many entries, the sequence of the last, and a marker
         commands: list[bytes] = []
         count = size = markers = 0
         for attempt in attempts:
-            entries, finish = attempt.take()
-            sent.append((attempt, entries, finish))
-            for entry in entries:
-                commands.append(attempt.append_and_publish(entry))
-                size += len(entry.payload)
+            sequence, entries, finish = attempt.take()
+            sent.append((attempt, len(entries), sequence + len(entries) - 1, finish is not None))
+            for kind, payload in entries:
+                commands.append(attempt.append_and_publish(sequence, kind, payload))
+                size += len(payload)
+                sequence += 1
             count += len(entries)
             if finish is not None:
                 commands.append(self._finish_command(attempt, finish))
@@ -358,28 +362,25 @@ class Publisher:
         answers = await self._call(commands, 2 * count + markers)
         metrics.flushed(count, size)
         if not markers and set(map(type, answers[::2])) <= _STORED:  # an append and its publication answer one each
-            for attempt, entries, _ in sent:
-                if entries:
-                    attempt.landed(entries[-1].id)
+            for attempt, _, last, _ in sent:
+                attempt.landed(last)
             return []
 
         again: list[AttemptLog] = []
         at = 0
-        for attempt, entries, finish in sent:
-            behind = at + 2 * len(entries)
-            stored, ending = answers[at:behind:2], None
-            at = behind
-            if finish is not None:
-                ending = answers[at]
-                at += 1
-            if not await self._settle(attempt, entries, stored, ending, asked=asked):
+        for attempt, entry_count, last, has_marker in sent:
+            behind = at + 2 * entry_count
+            stored, ending = answers[at:behind:2], answers[behind] if has_marker else None
+            at = behind + has_marker
+            if not await self._settle(attempt, last, stored, ending, asked=asked):
                 again.append(attempt)
         return again
 
-    async def _settle(
-        self, attempt: AttemptLog, entries: list[Entry], stored: list[Any], ending: Any, *, asked: bool
-    ) -> bool:
-        """Tells an attempt what Redis has answered to its entries and its marker. False: send them again."""
+    async def _settle(self, attempt: AttemptLog, last: int, stored: list[Any], ending: Any, *, asked: bool) -> bool:
+        """Tells an attempt what Redis has answered to its entries, up to the last, and to its marker.
+
+        False: send them again.
+        """
         # A refused append may have been refused for being there.
         refused = next((answer for answer in stored if isinstance(answer, Exception)), None)
         if refused is not None and (passes(refused) or not asked or _came_too_late(refused)):
@@ -398,8 +399,7 @@ class Publisher:
             log.error("marker_refused", job=attempt.claim.job_id, reason=str(ending))
             attempt.lose(Loss.REFUSED)
         else:
-            if entries:
-                attempt.landed(entries[-1].id)
+            attempt.landed(last)
             if ending is not None:
                 attempt.ended(Ending(ending.decode()))
         return True
@@ -426,10 +426,13 @@ class Publisher:
                 log.error("confirmed_entries_lost", job=attempt.claim.job_id, last=str(last))
                 attempt.lose(Loss.REFUSED)
                 continue
-            entries, finish = attempt.take()
+            sequence, entries, finish = attempt.take()
             channel = self._store.keys.stream_channel(attempt.claim.job_id)
-            commands += [command("PUBLISH", channel, entry_to_message(entry)) for entry in entries if entry.id <= last]
-            attempt.landed(last)
+            for kind, payload in entries[: last.sequence - sequence + 1]:
+                entry = Entry(EntryId(last.attempt, sequence), kind, payload)
+                commands.append(command("PUBLISH", channel, entry_to_message(entry)))
+                sequence += 1
+            attempt.landed(last.sequence)
             if finish is not None and last == finish.marker.id:
                 attempt.ended(Ending.DONE)
         await self._call(commands, len(commands))

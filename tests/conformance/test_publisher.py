@@ -22,7 +22,7 @@ from tests.conftest import Backend, MakeStore
 from tests.jobs import Attempt, WorkerSteps, a_worker, entries_of, record_of, status_of, submitted
 from tests.waiting import async_wait_until
 from worker.compactor import Compactor
-from worker.publisher import HIGH_WATER_BYTES, KEPT_BYTES, AttemptLog, AttemptLostError, Loss, Publisher
+from worker.publisher import HIGH_WATER_BYTES, KEPT_BYTES, KEPT_ENTRIES, AttemptLog, AttemptLostError, Loss, Publisher
 
 pytestmark = pytest.mark.parametrize("backend", ["valkey"], indirect=True)
 
@@ -300,9 +300,15 @@ async def test_what_is_kept_is_put_only_in_the_place_of_what_it_was(store: JobSt
     assert await store.redis.xrange(stream) == before
 
 
-async def test_of_a_long_answer_nothing_is_kept(spoken: Spoken) -> None:
-    for _ in range(5):
-        spoken.say(b"x" * (KEPT_BYTES // 4))
+@pytest.mark.parametrize(
+    ("word", "breaths", "words"),
+    [(b"x" * (KEPT_BYTES // 4), 5, 1), (b"x", 5, KEPT_ENTRIES // 4)],
+    ids=["many bytes", "many entries"],
+)
+async def test_of_a_long_answer_nothing_is_kept(spoken: Spoken, word: bytes, breaths: int, words: int) -> None:
+    for _ in range(breaths):
+        for number in range(words):
+            spoken.say(word, kind=(Kind.REASONING, Kind.DELTA)[number % 2])
         await spoken.log.flushed()
     assert await spoken.finish_ok() is Ending.DONE
     assert spoken.log.packed_rows() is None
