@@ -136,7 +136,11 @@ class Answer:
         if tail is None:
             tail = self._services.switchboard.follow(self.job_id)
             tail.begin()
-        return Following(self, tail, scope, receive)
+        try:
+            return Following(self, tail, scope, receive)
+        except BaseException:
+            tail.end()
+            raise
 
     def client_left(self, tail: Tail) -> None:
         """Whoever waits for entries is told at once."""
@@ -189,8 +193,8 @@ class Answer:
 class Following:
     """The job's tail, watched over: if the client goes away before the ending, it waits for the job no longer.
 
-    An async context manager that has begun when it is made, so that another task or function may end it. A class of
-    its own, since an open stream would hold each generator on its way.
+    An async context manager that has begun when it is made, so that another function may end it, in the same task. Not
+    a generator: an open stream would hold it, too.
     """
 
     __slots__ = ("_answer", "_connection", "_observation", "_watch", "tail")
@@ -213,12 +217,12 @@ class Following:
         try:
             await self._answer.leave_for(error)
         finally:
-            self._observation.end(self._answer.ending, error)
             if self._connection is not None:
                 self._connection.watch_no_longer(self._client_left)
             if self._watch is not None:
                 self._watch.cancel()
             self.tail.end()
+            self._observation.end(self._answer.ending, error)
 
     def _client_left(self) -> None:
         self._answer.client_left(self.tail)

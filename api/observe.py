@@ -57,9 +57,10 @@ class ObserveMiddleware:
             is_nested = get_current_span().get_span_context().is_valid
             parent = None if is_nested else tracing.context_of(Headers(scope=scope))
             kind = SpanKind.INTERNAL if is_nested else SpanKind.SERVER
-            with tracing.span(method, parent, kind=kind) as span:
-                if span.get_span_context().is_valid:
-                    stay_inside(scope)
+            spanning = tracing.span(method, parent, kind=kind)
+            if spanning is not tracing.NO_SPAN:
+                stay_inside(scope)
+            with spanning as span:
                 try:
                     await self.app(scope, receive, notice_status)
                 finally:

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.answer import INTERRUPTED, Answer, Following
-from api.bypass import SERVER_SEND, go_on
+from api.bypass import SERVER_SEND, call_outside
 from api.errors import ApiError, ClientGoneError, GoneError, InvalidRequestError, JobFailedError
 from api.relay import INCOMPLETE
 from api.tail import Tail
@@ -110,7 +110,7 @@ class StreamedAnswer(Response):
                     raise
         except (ClientGoneError, OSError):
             return
-        await go_on(scope, partial(self._go_on, following, scope.get(SERVER_SEND, send), frames))
+        await call_outside(scope, partial(self._go_on, following, scope.get(SERVER_SEND, send), frames))
 
     async def _go_on(self, following: Following, send: Send, frames: bytes) -> None:
         """What comes behind the start."""

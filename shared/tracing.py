@@ -33,7 +33,7 @@ FLUSH_MS = 5000  # how long a process that ends waits for its exporter
 _W3C = TraceContextTextMapPropagator()
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
-_NO_SPAN = nullcontext(INVALID_SPAN)
+NO_SPAN = nullcontext(INVALID_SPAN)  # around what has none
 
 tracer = trace.get_tracer("endmark", version("endmark"))
 
@@ -53,11 +53,11 @@ def span(
 ) -> AbstractContextManager[Span]:
     """The current span of the block; without `parent` a child of the one before.
 
-    Costs next to nothing if there is neither a provider nor a trace to be carried on. Exceptions are not recorded:
+    NO_SPAN if there is neither a provider nor a trace to be carried on. Exceptions are not recorded:
     their text may be of a prompt.
     """
     if not parent and not records():
-        return _NO_SPAN
+        return NO_SPAN
     return tracer.start_as_current_span(
         name, parent, kind, attributes, record_exception=False, set_status_on_exception=False
     )

@@ -1,8 +1,8 @@
 """Sends what all attempts of this worker say to their streams.
 
 Rule 1: one flush is on its way at a time. What is said meanwhile goes out in the next one; nothing lingers.
-Rule 2: an entry's id is its idempotency key. After a broken connection the publisher asks what has landed and sends
-        the rest, so a retried append is never a second entry.
+Rule 2: an entry's id is its idempotency key. After a broken connection the publisher asks of each attempt what has
+        landed, before it sends any more of it, so a retried append is never a second entry, and nothing follows a hole.
 Rule 3: the marker travels behind the last entries, in one flush; an `ok` on an incomplete stream is refused.
 Rule 4: an attempt that finds a later one open, or the job ended, is lost: somebody else has gone on. It says no more.
 """
@@ -75,6 +75,8 @@ class AttemptLog:
     def __init__(self, publisher: Publisher, claim: Claim, on_lost: Callable[[Loss], None]) -> None:
         self.claim = claim
         self.loss: Loss | None = None
+        self.is_over = False  # whether its marker was answered for, or it is lost
+        self.asked_after = publisher.breaks  # of how many breaks it is known what they left of it in Redis
         self._publisher = publisher
         self._on_lost = on_lost
         self._keys = publisher.keys_of(claim)
@@ -248,13 +250,14 @@ class AttemptLog:
                 self._stored_marker = self._finish.marker
             if not self._finish.ending.done():
                 self._finish.ending.set_result(ending)
+            self.is_over = True
         self._finish = None
 
     def lose(self, loss: Loss) -> None:
         """Redis has refused an entry."""
         if self.loss is not None:
             return
-        self.loss = loss
+        self.loss, self.is_over = loss, True
         self._said, self._unsent, self._kept = [], [], None
         self._bytes_waiting = 0
         self.must_wait = False
@@ -274,6 +277,7 @@ class Publisher:
         self._task: asyncio.Task[None] | None = None
         self._script = store.script("finish")
         self._line = Line(store.redis)  # of its own: what is said waits for no other command
+        self.breaks = 0  # how often it has become doubtful what Redis has: calls failed, or the line broke in between
 
     async def __aenter__(self) -> Publisher:
         self._task = asyncio.create_task(self._flush_forever(), name="publisher")
@@ -309,21 +313,24 @@ class Publisher:
             self._wake.clear()
             attempts, self._waiting = list(self._waiting), {}
             retry_s = FIRST_RETRY_S
-            unconfirmed = self._line.has_broken  # a failover may have lost what was confirmed
+            if self._line.has_broken:
+                self.breaks += 1
             while attempts:
                 try:
-                    if unconfirmed:
-                        await self._ask_what_landed(attempts)
-                    attempts = await self._flush(attempts, asked=unconfirmed)
+                    doubtful = [attempt for attempt in attempts if attempt.asked_after < self.breaks]
+                    if doubtful:
+                        await self._ask_what_landed(doubtful)
+                    attempts = await self._flush(attempts, asked=doubtful)
                 except FAILURES as error:
+                    self.breaks += 1
                     if passes(error):
                         log.warning("publisher_cannot_reach_redis", reason=str(error), attempts=len(attempts))
                     else:
                         attempts = self._give_up(attempts)
                 except Exception:  # noqa: BLE001 - one attempt's defect must not silence all the others for ever
+                    self.breaks += 1
                     attempts = self._give_up(attempts)
                 if attempts:
-                    unconfirmed = True
                     await asyncio.sleep(retry_s)
                     retry_s = min(2 * retry_s, LAST_RETRY_S)
 
@@ -339,11 +346,11 @@ class Publisher:
             return attempts[:1]
         return []
 
-    async def _flush(self, attempts: list[AttemptLog], *, asked: bool) -> list[AttemptLog]:
+    async def _flush(self, attempts: list[AttemptLog], *, asked: list[AttemptLog]) -> list[AttemptLog]:
         """Sends all that these attempts have to say; returns those that must be sent again.
 
-        `asked`: what has landed was asked for just before. An entry that is refused all the same, and not because there
-        is a later one by now, never will be stored.
+        `asked`: of which it was asked just before what has landed. An entry of theirs that is refused all the same, and
+        not because there is a later one by now, never will be stored.
         """
         sent: list[tuple[AttemptLog, int, int, bool]] = []  # how many entries, the sequence of the last, and a marker
         commands: list[bytes] = []
@@ -372,7 +379,8 @@ class Publisher:
             behind = at + 2 * entry_count
             stored, ending = answers[at:behind:2], answers[behind] if has_marker else None
             at = behind + has_marker
-            if not await self._settle(attempt, last, stored, ending, asked=asked):
+            if not await self._settle(attempt, last, stored, ending, asked=attempt in asked):
+                attempt.asked_after = -1
                 again.append(attempt)
         return again
 
@@ -409,12 +417,14 @@ class Publisher:
 
         What has landed is published once more, since nobody knows whether it was: readers drop what they have.
         """
+        attempts = [attempt for attempt in attempts if not attempt.is_over]
         streams = [self._store.keys.stream(attempt.claim.job_id) for attempt in attempts]
         answers = await self._call([command("XREVRANGE", key, "+", "-", "COUNT", 1) for key in streams], len(streams))
         if refused := next((answer for answer in answers if isinstance(answer, Exception)), None):
             raise refused
         commands: list[bytes] = []
         for attempt, rows in zip(attempts, answers, strict=True):
+            attempt.asked_after = self.breaks
             if not rows:
                 attempt.lose(Loss.EXPIRED)
                 continue

@@ -405,18 +405,43 @@ async def test_a_confirmed_entry_that_is_lost_with_the_connection_ends_the_attem
 
 
 async def test_a_confirmed_entry_that_is_lost_with_an_idle_connection_ends_the_attempt_with_its_next_word(
-    store: JobStore, spoken: Spoken, calls: Calls
+    store: JobStore, publisher: Publisher, calls: Calls
 ) -> None:
-    for fragment in (b"a", b"b"):
-        spoken.say(fragment)
-        await spoken.log.flushed()
-    await store.redis.xdel(store.keys.stream(spoken.job_id), "1-2")
+    """Whoever speaks first on the new connection."""
+    whole, cut = await speaking(store, publisher), await speaking(store, publisher)
+    for spoken in (whole, cut):
+        for fragment in (b"a", b"b"):
+            spoken.say(fragment)
+            await spoken.log.flushed()
+    await store.redis.xdel(store.keys.stream(cut.job_id), "1-2")
     calls.wires[-1].break_off(RedisConnectionError("a failover, while nobody speaks"))
-    spoken.say(b"c")
+    whole.say(b"c")
+    await whole.log.flushed()
+    cut.say(b"c")
     with pytest.raises(AttemptLostError):
-        await spoken.log.flushed()
-    assert spoken.losses == [Loss.REFUSED]
-    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")], "nothing follows the hole"
+        await cut.log.flushed()
+    assert cut.losses == [Loss.REFUSED]
+    assert await said_in(store, cut.job_id) == [(Kind.DELTA, b"a")], "nothing follows the hole"
+    assert await whole.finish_ok() is Ending.DONE
+    await assert_whole(store, whole.job_id)
+
+
+async def test_an_attempt_that_has_ended_is_lost_no_more(
+    store: JobStore, publisher: Publisher, spoken: Spoken, calls: Calls
+) -> None:
+    """The marker has landed, its answer is lost, and so is the publication of what has landed."""
+    await store.redis.script_load(store.script("finish").script)
+    spoken.say(b"a")
+    await spoken.log.flushed()
+    spoken.say(b"b")
+    calls.plan = ["after", None, "before"]
+    assert await spoken.finish_ok() is Ending.DONE
+    await async_wait_until(lambda: calls.plan == [], timeout=5, description="the last break")
+    next_one = await speaking(store, publisher)  # whose first flush comes behind whatever is tried again
+    next_one.say(b"c")
+    await next_one.log.flushed()
+    assert (spoken.losses, spoken.log.packed_rows() is None) == ([], False)
+    assert await next_one.finish_ok() is Ending.DONE
 
 
 async def test_an_entry_of_somebody_else_is_not_taken_for_ones_own(

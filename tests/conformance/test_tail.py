@@ -8,11 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 
 import api.tail
+from api.answer import Answer
+from api.observe import AnswerObservation
 from api.tail import PAGE_ENTRIES, StreamExpiredError, StreamGapError, StreamUnreachableError, Switchboard, Tail
 from shared.connection import connect
 from shared.entries import Entry, EntryId, Kind, entry_to_message
@@ -776,3 +780,21 @@ async def test_a_reader_that_is_interrupted_does_not_wait_for_redis(unused_tcp_p
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
+
+
+@pytest.mark.parametrize("when", ["__init__", "end"])
+async def test_an_answer_that_cannot_be_observed_is_listened_to_no_longer(
+    store: JobStore, switchboard: Switchboard, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """What observes it may be somebody else's, such as a processor of spans."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(AnswerObservation, when, fail)
+    services: Any = SimpleNamespace(settings=store.settings, store=store, switchboard=switchboard)
+    answer = Answer(services, await submitted(store))
+    with pytest.raises(RuntimeError, match="a defect"):
+        async with answer.follow({"type": "http"}, AsyncMock(return_value={"type": "http.request"})):
+            pass
+    assert switchboard._tails == {}

@@ -96,6 +96,8 @@ def test_a_request_is_one_trace_from_the_client_to_the_agent(
         assert spans[child]["parent_id"] == request["context"]["span_id"]
     assert spans["queue"]["kind"] == "SpanKind.CONSUMER"
 
+    assert request["end_time"] >= spans["relay"]["end_time"], "it ends with the answer"
+
     agent = spans["invoke_agent scripted"]
     assert (
         agent["attributes"].items()

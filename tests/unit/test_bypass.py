@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.bypass import SERVER_SEND, BypassApp, go_on, stay_inside
+from api.bypass import SERVER_SEND, BypassApp, call_outside, stay_inside
 from api.middleware import RequestIdMiddleware
 
 Rest = Callable[[], Awaitable[None]]
@@ -21,7 +21,7 @@ Rest = Callable[[], Awaitable[None]]
 class Exchange:
     """A request to an application with one route and one middleware, and in which order things happened."""
 
-    def __init__(self, *, stays: bool = False, raises: Exception | None = None) -> None:
+    def __init__(self, *, stays: bool = False, copies: bool = False, raises: Exception | None = None) -> None:
         self.happened: list[str] = []
         self.rest: Rest = self.say_rest
         exchange = self
@@ -33,7 +33,7 @@ class Exchange:
             async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
                 if stays:
                     stay_inside(scope)
-                await self.app(scope, receive, send)
+                await self.app(dict(scope) if copies else scope, receive, send)
                 exchange.happened.append("the middleware returns")
                 if raises is not None:
                     raise raises
@@ -42,7 +42,7 @@ class Exchange:
             async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
                 await send({"type": "http.response.start", "status": 200, "headers": []})
                 exchange.server_send = scope[SERVER_SEND]
-                await go_on(scope, exchange.rest)
+                await call_outside(scope, exchange.rest)
 
         async def endpoint(_: Request) -> Any:
             return Streamed()
@@ -76,7 +76,6 @@ async def test_an_answer_goes_on_when_the_middleware_has_returned_and_its_lines_
     exchange = Exchange()
     assert await exchange.run() == ["http.response.start", "the middleware returns", "the rest of r1"]
     assert exchange.server_send == exchange._send, "and without the middleware's own `send`"
-    assert structlog.contextvars.get_contextvars() == {}
 
 
 async def test_an_answer_that_has_begun_goes_on_whatever_the_middleware_raises() -> None:
@@ -86,17 +85,22 @@ async def test_an_answer_that_has_begun_goes_on_whatever_the_middleware_raises()
     assert exchange.happened[-1] == "the rest of r1"
 
 
+async def test_middleware_that_passes_on_a_copy_of_the_scope_loses_nothing() -> None:
+    assert (await Exchange(copies=True).run())[-1] == "the rest of r1"
+
+
 async def test_inside_of_a_span_the_middleware_stays() -> None:
     assert await Exchange(stays=True).run() == ["http.response.start", "the rest of r1", "the middleware returns"]
 
 
-async def test_what_the_rest_raises_reaches_the_server_and_no_name_of_the_request_is_left() -> None:
+async def test_what_the_rest_raises_reaches_the_server_and_the_name_of_the_request_is_left_behind() -> None:
     exchange = Exchange()
 
     async def fail() -> None:
         raise OSError("the connection")
 
     exchange.rest = fail
-    with pytest.raises(OSError, match="the connection"):
-        await exchange.run()
-    assert structlog.contextvars.get_contextvars() == {}
+    with structlog.contextvars.bound_contextvars(request_id="of an outer application"):
+        with pytest.raises(OSError, match="the connection"):
+            await exchange.run()
+        assert structlog.contextvars.get_contextvars() == {"request_id": "of an outer application"}
