@@ -26,9 +26,11 @@ EMPTY_ANSWER = "I completed the request but have no answer to show. Please try a
 _OPEN, _DELTA, _REASONING = Kind.OPEN, Kind.DELTA, Kind.REASONING  # looking a member up costs more than comparing it
 _ROLE = b'"role":"assistant",'
 _DELTA_BEGINS = b',"choices":[{"index":0,"delta":{'
-_ENDS = {  # of a chunk with a delta, and of the last one, with and without usage
+_TEXT_BEGINS = b'"content":'
+_ENDS = {  # of a chunk with a delta, of one with text and nothing else, and of the last one, with and without usage
     include_usage: (
         b'},"logprobs":null,"finish_reason":null}]' + usage,
+        b'},"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n",
         b'},"logprobs":null,"finish_reason":%b}]' + usage,
     )
     for include_usage, usage in ((True, b',"usage":null'), (False, b""))
@@ -40,13 +42,14 @@ class ChunkEncoder:
 
     __slots__ = (
         "_delta_end",
-        "_delta_head",
         "_finish_end",
         "_include_sequence_numbers",
         "_include_tool_events",
         "_include_usage",
         "_role",
         "_starting_after",
+        "_text_end",
+        "_text_head",
         "number",
     )
 
@@ -76,8 +79,8 @@ class ChunkEncoder:
         )[:-1]
         self._include_usage = include_usage
         self._include_tool_events = include_tool_events
-        self._delta_head = b"data: " + head + _DELTA_BEGINS
-        self._delta_end, self._finish_end = _ENDS[include_usage]
+        self._text_head = b"data: " + head + _DELTA_BEGINS + _TEXT_BEGINS
+        self._delta_end, self._text_end, self._finish_end = _ENDS[include_usage]
         self._role = _ROLE
 
     def opening(self) -> bytes:
@@ -98,8 +101,10 @@ class ChunkEncoder:
         if self.number <= self._starting_after:
             return b""
         extra = b""
+        if kind is _DELTA and not self._role and not self._include_sequence_numbers:  # the commonest by far
+            return self._text_head + json_bytes(bytes_text(entry.payload)) + self._text_end
         if kind is _DELTA:
-            field = b'"content":' + json_bytes(bytes_text(entry.payload))
+            field = _TEXT_BEGINS + json_bytes(bytes_text(entry.payload))
         elif kind is _REASONING:
             field = b'"reasoning_content":' + json_bytes(bytes_text(entry.payload))
         elif kind is Kind.TOOL_CALL:
@@ -111,6 +116,10 @@ class ChunkEncoder:
         if self._role:
             field, self._role = self._role + field if field else self._role.rstrip(b","), b""
         return self._delta_head + field + self._delta_end + extra + self._chunk_tail()
+
+    @property
+    def _delta_head(self) -> bytes:
+        return self._text_head.removesuffix(_TEXT_BEGINS)  # not kept beside it, in each open stream
 
     def _chunk_tail(self) -> bytes:
         return b',"sequence_number":%d}\n\n' % self.number if self._include_sequence_numbers else b"}\n\n"

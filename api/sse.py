@@ -11,11 +11,10 @@ Rule 3: while the client takes what it is sent, frames are made and sent in the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from types import coroutine
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.background import BackgroundTask
 from starlette.responses import Response
@@ -24,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from api.answer import INTERRUPTED, Answer, Following
 from api.bypass import SERVER_SEND, call_outside
 from api.errors import ApiError, ClientGoneError, GoneError, InvalidRequestError, JobFailedError
+from api.protocol import BodyWriter, body_writer
 from api.relay import INCOMPLETE
 from api.tail import Tail
 from shared.entries import Entry, ErrorMarker, OkMarker
@@ -94,7 +94,7 @@ class StreamedAnswer(Response):
         self._is_sending = False  # whether a part of some frames was sent, and another was not
         self._now = asyncio.get_running_loop().time
         self._said_at = self._sent_at = 0.0  # when a frame, and when anything, was last sent
-        self._unsent: Callable[[], Awaitable[None]] | None = None  # the rest of a push that the client was too slow for
+        self._unsent = b""  # frames of a push that the client was too slow for
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises InvalidRequestError, GoneError or JobFailedError before anything is sent."""
@@ -121,7 +121,7 @@ class StreamedAnswer(Response):
                         await self._send(send, frames)
                     frames = await self._relay_entries(tail, send)
                 except asyncio.CancelledError:  # the server stops, and has waited long enough
-                    if not self._is_sending and self._unsent is None:  # a frame that was cut must not be gone on with
+                    if not self._is_sending and not self._unsent:  # a frame that was cut must not be gone on with
                         await send({"type": "http.response.body", "body": self._encoder.broken(INTERRUPTED)})
                     raise
         except (ClientGoneError, OSError):
@@ -166,16 +166,17 @@ class StreamedAnswer(Response):
         """Returns the frames that were not sent, since they came together with the ending."""
         answer, encoder, now = self._answer, self._encoder, self._now
         ping_s, heartbeat_s = answer.settings.ping_interval_s, answer.settings.heartbeat_interval_s
-        push = partial(self._push, send) if _sends_at_once(send) else None
+        writer = body_writer(send)
+        push = partial(self._push, writer) if writer is not None else None
         self._said_at = self._sent_at = now()
         while not answer.has_ended():
             entries: list[Entry] = []
             frames = b""  # what was sent is not to be kept for as long as the next word takes
             due_at = min(self._sent_at + ping_s, self._said_at + heartbeat_s)
             entries = await answer.entries(tail, max(0.0, due_at - now()), push)
-            if self._unsent is not None:
-                unsent, self._unsent = self._unsent, None
-                await unsent()
+            if self._unsent:
+                await self._send(send, self._unsent)
+                self._unsent = b""
             frames = encoder.frames(entries) if entries else b""
             if not frames and not answer.has_ended():
                 if now() >= self._said_at + heartbeat_s:
@@ -190,21 +191,18 @@ class StreamedAnswer(Response):
                 await self._send(send, frames)
         return b""
 
-    def _push(self, send: Send, entries: list[Entry]) -> bool:
+    def _push(self, writer: BodyWriter, entries: list[Entry]) -> bool:
         """See `Tail.next`: sends the frames of some entries now. False if the client does not take them now."""
         frames = self._encoder.frames(entries)
         if not frames:
             return True
         self._said_at = self._sent_at = self._now()
         self._answer.has_been_told = True
-        if len(frames) > SEND_BYTES:
-            self._unsent = partial(self._send, send, frames)
+        if len(frames) > SEND_BYTES or not writer.takes_now:
+            self._unsent = frames
             return False
-        rest = _begin(send, frames)
-        if rest is None:
-            return True
-        self._unsent = partial(self._wait_for, rest)
-        return False
+        writer.write(frames)
+        return True
 
     async def _send(self, send: Send, frames: bytes) -> None:
         """Raises ClientGoneError if the client takes nothing for the stall timeout.
@@ -216,39 +214,11 @@ class StreamedAnswer(Response):
             await self._send_piece(send, frames[start : start + SEND_BYTES])
 
     async def _send_piece(self, send: Send, piece: bytes, *, more_body: bool = True) -> None:
-        if not _sends_at_once(send):
-            await self._wait_for(send({"type": "http.response.body", "body": piece, "more_body": more_body}))
-        elif (rest := _begin(send, piece, more_body=more_body)) is not None:
-            await self._wait_for(rest)
-
-    async def _wait_for(self, sending: Awaitable[None]) -> None:
         """Waits for a client that does not take at once what it is sent. Raises ClientGoneError."""
         self._is_sending = True
         try:
             async with asyncio.timeout(self._answer.settings.stall_timeout_s):
-                await sending
+                await send({"type": "http.response.body", "body": piece, "more_body": more_body})
         except TimeoutError as stalled:
             raise ClientGoneError from stalled
         self._is_sending = False
-
-
-def _sends_at_once(send: Send) -> bool:
-    """Whether this is uvicorn's own `send`: it waits, if at all, before it writes, and needs no task for that."""
-    return type(getattr(send, "__self__", None)).__module__.startswith("uvicorn.")
-
-
-def _begin(send: Send, frames: bytes, *, more_body: bool = True) -> Awaitable[None] | None:
-    """Sends frames if the client takes them now. Otherwise returns what has to be awaited, and sends them then."""
-    sending: Any = send({"type": "http.response.body", "body": frames, "more_body": more_body})
-    try:
-        waits_for = sending.send(None)
-    except StopIteration:
-        return None
-    return _rest_of(sending, waits_for)
-
-
-@coroutine
-def _rest_of(sending: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    """Goes on with a coroutine that was begun by hand, and waits for this."""
-    yield waits_for
-    yield from sending

@@ -32,6 +32,8 @@ class Kind(StrEnum):
     OK = "ok"  # marker: the agent finished
     ERROR = "error"  # marker: it did not
 
+    __hash__ = str.__hash__  # the enum's own is a function in Python, and asked for several times for every entry
+
 
 MERGEABLE = frozenset({Kind.DELTA, Kind.REASONING})
 MARKERS = frozenset({Kind.OK, Kind.ERROR})
