@@ -133,22 +133,20 @@ class Tail:
     def hear(self, entry: Entry) -> None:
         """Pub/sub has brought an entry. `heard_all` follows."""
         if self._must_read:
-            pass  # the stream tells it too
+            return  # the stream tells it too
+        if not self._heard:  # otherwise it is noted already, or its reader looks before it waits again
+            self._switchboard.spoken_to.append(self)
         elif self._heard_bytes > HEARD_BYTES:
             self._size_pages(self._heard, len(self._heard))
             self.doubt()
-        else:
-            self._heard.append(entry)
-            self._heard_bytes += len(entry.payload)
+            return
+        self._heard.append(entry)
+        self._heard_bytes += len(entry.payload)
 
     def heard_all(self, now: float) -> None:
         """All has been heard that came at once: it is pushed, or whoever waits is woken."""
         push = self._push
-        if push is None or self._must_read:
-            self._wake()
-            return
-        entries = self._take_heard()
-        if entries:
+        if push is not None and (entries := self._take_heard()):
             self.cursor = entries[-1].id
             self.trusted_at = now
             try:
@@ -218,7 +216,7 @@ class Tail:
                 self.cursor = entries[-1].id
                 self.trusted_at = now()
                 return entries
-            if self._must_read:  # what was heard does not follow the cursor
+            if self._must_read or self._heard:  # what was heard does not follow the cursor, or came during the read
                 continue
             if self._is_interrupted or now() >= deadline:
                 break
@@ -336,7 +334,7 @@ class Switchboard:
         self._tails: dict[bytes, list[Tail]] = {}  # by channel
         self._nobody_follows = asyncio.Event()
         self._nobody_follows.set()
-        self._spoken_to: dict[Tail, None] = {}  # who has heard something since the last `heard_all`
+        self.spoken_to: list[Tail] = []  # who has heard something since the last `heard_all`
         self._left: list[bytes] = []  # channels that nobody follows any more
         self._wire: ListenWire | None = None  # None while it is not connected
         self._tasks: list[asyncio.Task[None]] = []
@@ -479,8 +477,17 @@ class Switchboard:
     def hear(self, response: Any) -> None:
         if type(response) is list and response[0] == b"message":
             tails = self._tails.get(response[1])
-            if tails is not None:
-                self._deliver(tails, response[2])
+            if tails is None:
+                return
+            try:
+                entry = entry_from_message(response[2])
+            except UnreadableEntryError as error:
+                log.warning("pubsub_message_unreadable", reason=str(error))
+                for tail in tails:
+                    tail.doubt()
+                return
+            for tail in tails:
+                tail.hear(entry)
             return
         match response:
             case [b"subscribe", channel, _]:
@@ -490,24 +497,14 @@ class Switchboard:
                 raise refusal
 
     def heard_all(self) -> None:
+        if not self.spoken_to:
+            return
         now = self.now()
-        for tail in self._spoken_to:
+        for tail in self.spoken_to:
             tail.heard_all(now)
-        self._spoken_to.clear()
+        self.spoken_to.clear()
 
     def _disconnected(self) -> None:
         for tails in self._tails.values():
             for tail in tails:
                 tail.disconnected()
-
-    def _deliver(self, tails: list[Tail], payload: bytes) -> None:
-        try:
-            entry = entry_from_message(payload)
-        except UnreadableEntryError as error:
-            log.warning("pubsub_message_unreadable", reason=str(error))
-            for tail in tails:
-                tail.doubt()
-            return
-        for tail in tails:
-            tail.hear(entry)
-            self._spoken_to[tail] = None
