@@ -27,6 +27,7 @@ from api.reference import reference_routes
 from api.services import Services
 from api.system import health, list_models, ready, retrieve_model
 from api.tail import Switchboard
+from api.turnstile import TurnstileMiddleware
 from shared import logs, tracing
 from shared.connection import connect
 from shared.files import FileStore
@@ -83,7 +84,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
         await asyncio.to_thread(tracing.flush)
         log.info("api_stopped")
 
-    middleware = [Middleware(RequestIdMiddleware), Middleware(ObserveMiddleware)]
+    middleware = [Middleware(TurnstileMiddleware), Middleware(RequestIdMiddleware), Middleware(ObserveMiddleware)]
     if settings.cors_origins:  # outside of the key check: a preflight request carries no key
         middleware.append(
             Middleware(
