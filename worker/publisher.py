@@ -1,6 +1,8 @@
 """Sends what all attempts of this worker say to their streams.
 
-Rule 1: one flush is on its way at a time. What is said meanwhile goes out in the next one; nothing lingers.
+Rule 1: one flush is on its way at a time. What is said meanwhile goes out in the next one. Nothing lingers but what
+        follows an entry of the same attempt within REST_S: so no agent, however fast it speaks, has more entries than
+        anybody could read, and those of the others come first.
 Rule 2: an entry's id is its idempotency key. After a broken connection the publisher asks of each attempt what has
         landed, before it sends any more of it, so a retried append is never a second entry, and nothing follows a hole.
 Rule 3: the marker travels behind the last entries, in one flush; an `ok` on an incomplete stream is refused.
@@ -31,8 +33,11 @@ from shared.wire import Line, command
 
 log = structlog.get_logger(__name__)
 
+REST_S = 0.004  # after an entry of its own, before an attempt sends the next one
+CLOCK_S = 0.001  # the tick of the loop's clock: who has nearly rested, has rested
 HIGH_WATER_BYTES = 64 * 1024  # an attempt with more than this unsent has to wait before it says more
 _STORED = {bytes}  # what Redis answers to appends that it has taken: ids
+_TIMED_ENTRIES = timing.MAX_ENTRIES
 KEPT_BYTES, KEPT_ENTRIES = 64 * 1024, 4096  # what an attempt keeps of what it has said, to pack its stream from
 
 _Said = tuple[Kind, bytes]
@@ -94,11 +99,11 @@ class AttemptLog:
         self._finish: _Finish | None = None
         self._finished = False
         self._began_at = time.monotonic()
+        self.rests_until = 0.0  # of time.monotonic: what it says before then is sent then
         self._offsets_ms = array("I")  # when each entry was numbered, since then
         self._bytes_waiting = 0
         self.must_wait = False  # whether to wait for `flushed` before more is said
-        self._flushed = asyncio.Event()
-        self._flushed.set()
+        self._flushed: asyncio.Event | None = None  # set once Redis has everything; made by whoever waits for that
 
     @property
     def tally(self) -> Tally:
@@ -110,7 +115,6 @@ class AttemptLog:
         if self.loss is not None or self._finished:
             raise AttemptLostError(self.loss or Loss.FINISHED)
         if not self._said:
-            self._flushed.clear()
             self._publisher.notice(self)
         self._said.append((kind, payload))
         self._bytes_waiting += len(payload)
@@ -129,7 +133,12 @@ class AttemptLog:
 
     async def flushed(self) -> None:
         """Returns once Redis has everything said so far. Raises AttemptLostError."""
-        await self._flushed.wait()
+        if self._said or self._unsent:
+            if self._flushed is None:
+                self._flushed = asyncio.Event()
+            if self._said:
+                self._publisher.hurry(self)
+            await self._flushed.wait()
         if self.loss is not None:
             raise AttemptLostError(self.loss)
 
@@ -150,29 +159,30 @@ class AttemptLog:
         as it takes.
         """
         self._finished = True
-        self._number_entries()
+        self._number_entries(time.monotonic())
         marker = Entry(EntryId(self.claim.attempt, self._tally.count + 1), kind, payload(self._tally))
         ending: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
         if self.loss is not None:
             return Ending.GONE if self.loss is Loss.EXPIRED else Ending.FENCED
         self._finish = _Finish(marker, status, fields, session_state, agent_stopped, ending)
-        self._publisher.notice(self)
+        self._publisher.hurry(self)
         return await ending
 
     # -- for the publisher ---------------------------------------------------------------------------------------------
 
-    def _number_entries(self) -> None:
+    def _number_entries(self, now: float) -> None:
+        """`now`: of `time.monotonic`."""
         said = self._said
         if not said:
             return
         self._said = []
         if len(said) > 1:
             said = merge(said)
-        tally, offset_ms = self._tally, int((time.monotonic() - self._began_at) * 1000)
+        tally, offset_ms = self._tally, int((now - self._began_at) * 1000)
         for kind, payload in said:
             tally.add(kind, payload)
             self._kept_bytes += len(payload)
-            if tally.count <= timing.MAX_ENTRIES:
+            if tally.count <= _TIMED_ENTRIES:
                 self._offsets_ms.append(offset_ms)
         if self._kept is not None:
             self._kept += said
@@ -180,14 +190,18 @@ class AttemptLog:
                 self._kept = None
         # A new list: the one before may be on its way.
         self._unsent = self._unsent + said if self._unsent else said
+        self.rests_until = now + REST_S
 
     def timing(self) -> bytes:
         """When its entries were said, as it is kept."""
         return timing.encode(self._offsets_ms) if self._offsets_ms else b""
 
-    def take(self) -> tuple[int, list[_Said], _Finish | None]:
-        """Everything that has to be sent now: entries, with the sequence of the first of them, and the marker."""
-        self._number_entries()
+    def take(self, now: float) -> tuple[int, list[_Said], _Finish | None]:
+        """Everything that has to be sent now: entries, with the sequence of the first of them, and the marker.
+
+        `now`: of `time.monotonic`.
+        """
+        self._number_entries(now)
         return self._tally.count - len(self._unsent) + 1, self._unsent, self._finish
 
     def append_and_publish(self, sequence: int, kind: Kind, payload: bytes) -> bytes:
@@ -228,15 +242,22 @@ class AttemptLog:
 
     def landed(self, last: int) -> None:
         """Redis has every entry up to this sequence."""
-        self._confirmed = max(self._confirmed, last)
+        if last > self._confirmed:
+            self._confirmed = last
         left = self._tally.count - last
         self._unsent = self._unsent[-left:] if left > 0 else []
         if self._unsent or self._said:
             self._bytes_waiting = sum([len(payload) for _, payload in (*self._unsent, *self._said)])
+            self.must_wait = self._bytes_waiting > HIGH_WATER_BYTES
         else:
-            self._bytes_waiting = 0
+            self._nothing_waits()
+
+    def _nothing_waits(self) -> None:
+        self._bytes_waiting = 0
+        self.must_wait = False
+        if self._flushed is not None:
             self._flushed.set()
-        self.must_wait = self._bytes_waiting > HIGH_WATER_BYTES
+            self._flushed = None
 
     def may_go_on_behind(self, last: EntryId) -> bool:
         """Whether a stream that ends with `last` is this attempt's own: nothing is lost, nothing a stranger's."""
@@ -259,9 +280,7 @@ class AttemptLog:
             return
         self.loss, self.is_over = loss, True
         self._said, self._unsent, self._kept = [], [], None
-        self._bytes_waiting = 0
-        self.must_wait = False
-        self._flushed.set()
+        self._nothing_waits()
         self.ended(Ending.GONE if loss is Loss.EXPIRED else Ending.FENCED)
         self._on_lost(loss)
 
@@ -273,6 +292,8 @@ class Publisher:
         self._store = store
         self._worker_id = worker_id
         self._waiting: dict[AttemptLog, None] = {}  # in the order in which they spoke
+        self._resting: dict[AttemptLog, None] = {}  # what they say waits for the end of their rest
+        self._rest: asyncio.TimerHandle | None = None  # until the first of them has rested
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._script = store.script("finish")
@@ -284,6 +305,8 @@ class Publisher:
         return self
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
         if self._task is not None:
             await end_task(self._task)
         await self._line.aclose()
@@ -302,10 +325,31 @@ class Publisher:
         return Entry(EntryId(claim.attempt, 0), Kind.OPEN, self._worker_id.encode())
 
     def notice(self, attempt: AttemptLog) -> None:
-        """This attempt has something to send."""
+        """This attempt has something to send, as soon as it has rested."""
+        rest_s = attempt.rests_until - time.monotonic()
+        if rest_s <= 0:
+            self.hurry(attempt)
+            return
+        self._resting[attempt] = None
+        if self._rest is None:
+            self._rest = asyncio.get_running_loop().call_later(rest_s, self._end_rest)
+
+    def hurry(self, attempt: AttemptLog) -> None:
+        """This attempt has something to send at once."""
+        self._resting.pop(attempt, None)
         if not self._waiting:
             self._wake.set()
         self._waiting[attempt] = None
+
+    def _end_rest(self) -> None:
+        """Of those that have rested; the others are looked at again when the first of them has."""
+        now = time.monotonic() + CLOCK_S
+        for attempt in [attempt for attempt in self._resting if attempt.rests_until <= now]:
+            self.hurry(attempt)
+        self._rest = None
+        if self._resting:
+            rest_s = min(attempt.rests_until for attempt in self._resting) - now
+            self._rest = asyncio.get_running_loop().call_later(rest_s, self._end_rest)
 
     async def _flush_forever(self) -> None:
         while True:
@@ -342,7 +386,7 @@ class Publisher:
         else:
             log.warning("flush_failed", attempts=len(attempts), exc_info=True)
             for attempt in attempts[1:]:
-                self.notice(attempt)
+                self.hurry(attempt)
             return attempts[:1]
         return []
 
@@ -355,13 +399,14 @@ class Publisher:
         sent: list[tuple[AttemptLog, int, int, bool]] = []  # how many entries, the sequence of the last, and a marker
         commands: list[bytes] = []
         count = size = markers = 0
+        now = time.monotonic()
         for attempt in attempts:
-            sequence, entries, finish = attempt.take()
-            sent.append((attempt, len(entries), sequence + len(entries) - 1, finish is not None))
+            sequence, entries, finish = attempt.take(now)
             for kind, payload in entries:
                 commands.append(attempt.append_and_publish(sequence, kind, payload))
                 size += len(payload)
                 sequence += 1
+            sent.append((attempt, len(entries), sequence - 1, finish is not None))
             count += len(entries)
             if finish is not None:
                 commands.append(self._finish_command(attempt, finish))
@@ -436,7 +481,7 @@ class Publisher:
                 log.error("confirmed_entries_lost", job=attempt.claim.job_id, last=str(last))
                 attempt.lose(Loss.REFUSED)
                 continue
-            sequence, entries, finish = attempt.take()
+            sequence, entries, finish = attempt.take(time.monotonic())
             channel = self._store.keys.stream_channel(attempt.claim.job_id)
             for kind, payload in entries[: last.sequence - sequence + 1]:
                 entry = Entry(EntryId(last.attempt, sequence), kind, payload)

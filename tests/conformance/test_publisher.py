@@ -14,6 +14,7 @@ import hiredis
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+import worker.publisher
 from shared.entries import MAX_ENTRY_BYTES, Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally, entry_to_message
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
@@ -161,6 +162,67 @@ async def test_what_is_said_while_a_flush_is_on_its_way_goes_out_in_the_next_one
     assert len(said) <= len(calls.sent) < len(fragments)
 
 
+LONG_S = 60.0  # a rest that ends in no test
+
+
+async def test_what_is_said_during_a_rest_becomes_one_entry(
+    store: JobStore, spoken: Spoken, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.publisher, "REST_S", LONG_S)
+    spoken.say(b"a")
+    await spoken.log.flushed()
+    calls.sent.clear()
+    for _ in range(50):
+        spoken.say(b"b")
+        await asyncio.sleep(0)
+    assert calls.sent == []
+    await spoken.log.flushed()
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a"), (Kind.DELTA, 50 * b"b")]
+
+
+async def until_said(store: JobStore, job_id: str, payload: bytes) -> None:
+    """Until the stream has this entry, and nobody has waited for it to be flushed."""
+
+    async def entries() -> list[bytes]:
+        return [said for _, said in await said_in(store, job_id) if said == payload]
+
+    found: list[bytes] = await async_wait_until(entries, timeout=5, description=f"{payload!r} in the stream")
+    assert found == [payload]
+
+
+async def test_a_rest_ends_by_itself(store: JobStore, spoken: Spoken) -> None:
+    for fragment in (b"a", b"b", b"c"):
+        spoken.say(fragment)
+        await until_said(store, spoken.job_id, fragment)
+
+
+async def test_nobody_else_waits_for_one_that_rests(
+    store: JobStore, publisher: Publisher, spoken: Spoken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker.publisher, "REST_S", LONG_S)
+    spoken.say(b"a")
+    await spoken.log.flushed()
+    spoken.say(b"b")
+    other = await speaking(store, publisher)
+    other.say(b"first")
+    await until_said(store, other.job_id, b"first")
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")]
+
+
+@pytest.mark.parametrize("how", ["a marker", "somebody who waits"])
+async def test_a_rest_ends_with(store: JobStore, spoken: Spoken, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(worker.publisher, "REST_S", LONG_S)
+    spoken.say(b"a")
+    await spoken.log.flushed()
+    spoken.say(b"b")
+    if how == "a marker":
+        assert await spoken.finish_ok() is Ending.DONE
+        await assert_whole(store, spoken.job_id)
+    else:
+        await spoken.log.flushed()
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a"), (Kind.DELTA, b"b")]
+
+
 async def test_kinds_keep_their_order(store: JobStore, spoken: Spoken) -> None:
     spoken.say(b"think", b"ing", kind=Kind.REASONING)
     spoken.say(b"Hel", b"lo")
@@ -189,7 +251,7 @@ async def test_ids_of_every_length_are_stored_and_published_as_they_are(
             spoken.say(word, kind=Kind.REASONING if number % 7 == 0 else Kind.DELTA)
             if number in (9, 99):  # what is sent again then has ids of two lengths
                 calls.plan = ["before"]
-                await asyncio.sleep(0)
+                await async_wait_until(lambda: not calls.plan, timeout=5, description="a call that breaks")
             else:
                 await spoken.log.flushed()
         assert await spoken.finish_ok() is Ending.DONE
