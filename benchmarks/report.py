@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from benchmarks.goals import Missing, Results, verdicts
+from benchmarks.goals import OTHERS, Missing, Results, verdicts
 from benchmarks.rounds import RESULTS
 from tests.processes import ROOT
 
@@ -24,7 +24,9 @@ NOISY_CORES = 0.3  # used by others; above, a run says little about milliseconds
 
 _REGION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _MARKS = {True: "met", False: "**missed**", None: "–"}
-_SYSTEMS = {"endmark": "Endmark", "seam": "seam", "naive arq": "naive arq"}
+_BESIDE_BARE_SEAM = {True: "met", False: "missed", None: ""}
+_SYSTEMS = {"endmark": "Endmark"} | {name: name for name in OTHERS}
+_COLOURS = {"endmark": "tab:blue", "seam": "tab:orange", "bare seam": "tab:red", "naive arq": "tab:green"}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -40,8 +42,18 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def goals(results: Results) -> str:
-    rows = [(v.what, v.goal, v.endmark, v.seam, v.naive, _MARKS[v.is_met]) for v in verdicts(results)]
-    return table(("What", "Goal", "Endmark", "Seam", "Naive arq", ""), rows)
+    rows = [
+        (
+            verdict.what,
+            verdict.goal,
+            verdict.endmark,
+            _MARKS[verdict.is_met],
+            *verdict.others.values(),
+            _BESIDE_BARE_SEAM[verdict.is_met_beside_bare_seam],
+        )
+        for verdict in verdicts(results)
+    ]
+    return table(("What", "Goal", "Endmark", "", *map(str.capitalize, OTHERS), "Beside the bare seam"), rows)
 
 
 def systems(results: Results) -> str:
@@ -219,7 +231,7 @@ def _plot(path: Path, lines: dict[str, Points], *, title: str, x: str, y: str, s
     for name, points in lines.items():
         if points:
             style = "--" if "p99" in name else "-"
-            colour = {"E": "tab:blue", "s": "tab:orange", "n": "tab:green"}[name[0]]
+            colour = _COLOURS[name.partition(",")[0].lower()]
             axes.plot(*zip(*sorted(points), strict=True), style, marker="o", markersize=4, color=colour, label=name)
     if "x" in scales:
         axes.set_xscale("log")

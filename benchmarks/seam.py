@@ -1,7 +1,8 @@
-"""The seam: the agent behind uvicorn in one process, without a queue. What Endmark is measured against.
+"""The seam: the agent in the process that answers, without a queue. What Endmark is measured against.
 
-What a good engineer writes who needs no second process: raw ASGI, uvloop and httptools, the constant parts of a chunk
-made once, orjson for the rest. It promises nothing: if its process dies, so do the answers, and nobody can resume one.
+What one writes who needs no second process, as the documentation of Starlette shows it: an async generator in a
+`StreamingResponse`, on uvicorn with uvloop and httptools. It promises nothing: if its process dies, so do the answers,
+and nobody can resume one. The same without the framework is benchmarks/bare_seam.py.
 
     uvicorn benchmarks.seam:app --loop uvloop --http httptools
 """
@@ -10,46 +11,43 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
+from collections.abc import AsyncIterator
 
 import orjson
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from benchmarks.agent import agent
 
-Message = dict[str, Any]
+
+async def create_completion(request: Request) -> Response:
+    """Answers a chat completion request with `stream`."""
+    body = await request.json()
+    head = {
+        "id": f"chatcmpl-{secrets.token_hex(16)}",
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": body["model"],
+        "system_fingerprint": None,
+    }
+
+    def chunk(delta: dict[str, str], finish_reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return b"data: " + orjson.dumps(head | {"choices": [choice]}) + b"\n\n"
+
+    async def chunks() -> AsyncIterator[bytes]:
+        async for token in agent(body["messages"][-1]["content"]):
+            yield chunk({"content": token})
+        yield chunk({}, "stop")
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(chunks(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
 
-async def app(scope: Message, receive: Any, send: Any) -> None:
-    """POST anything that is a chat completion request with `stream`; any GET is answered with an empty 200."""
-    if scope["method"] == "GET":
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
-        return
-    request = orjson.loads(await _body(receive))
-    head = orjson.dumps(
-        {
-            "id": f"chatcmpl-{secrets.token_hex(16)}",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": "endmark",
-            "system_fingerprint": None,
-        }
-    )[:-1]
-    before = b"data: " + head + b',"choices":[{"index":0,"delta":{"content":'
-    after = b'},"logprobs":null,"finish_reason":null}]}\n\n'
-    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    async for token in agent(request["messages"][-1]["content"]):
-        chunk = before + orjson.dumps(token) + after
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-    ending = b"data: " + head + b',"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}\n\n'
-    await send({"type": "http.response.body", "body": ending + b"data: [DONE]\n\n"})
+async def health(_: Request) -> Response:
+    return PlainTextResponse("ok")
 
 
-async def _body(receive: Any) -> bytes:
-    body: bytes = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if not message.get("more_body"):
-            return body
+app = Starlette(routes=[Route("/v1/chat/completions", create_completion, methods=["POST"]), Route("/", health)])

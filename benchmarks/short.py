@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import dispatch, herd, idle_memory, latency, model_upstream, replicas, throughput
-from benchmarks.goals import Results, Verdict, verdicts
+from benchmarks.goals import OTHERS, Results, Verdict, verdicts
 from benchmarks.rounds import run_rounds, write_results
 
 WIDTH = 200  # of the table, where it goes into a file
@@ -21,18 +21,19 @@ WIDTH = 200  # of the table, where it goes into a file
 
 def show(judged: list[Verdict]) -> None:
     table = Table(title="goals, and medians of what was measured")
-    for heading in ("", "goal", "Endmark", "seam", "naive arq", ""):
+    for heading in ("", "goal", "Endmark", "", *OTHERS, "beside the bare seam"):
         table.add_column(heading, overflow="fold")
     for one in judged:
-        table.add_row(one.what, one.goal, one.endmark, one.seam, one.naive, mark(one))
+        beside_bare_seam = "" if one.is_met_beside_bare_seam is None else mark(one.is_met_beside_bare_seam)
+        table.add_row(one.what, one.goal, one.endmark, mark(one.is_met), *one.others.values(), beside_bare_seam)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     console.print(table)
 
 
-def mark(verdict: Verdict) -> str:
-    return {True: "met", False: "missed", None: "?"}[verdict.is_met]
+def mark(is_met: bool | None) -> str:
+    return {True: "met", False: "missed", None: "?"}[is_met]
 
 
 @click.command(help=__doc__)

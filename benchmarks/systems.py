@@ -1,10 +1,11 @@
 """The systems under test, as real processes of this machine: started, known by their process ids, never left behind.
 
     endmark      API processes and workers as users run them, and the Valkey server with the options of `endmark dev`
-    seam         the same agent behind uvicorn in one process, without a queue (benchmarks/seam.py)
+    seam         the same agent in one process, without a queue, behind Starlette (benchmarks/seam.py)
+    bare seam    the same without a framework, on raw ASGI (benchmarks/bare_seam.py)
     naive arq    the first version that anyone writes with arq (benchmarks/naive_arq.py), on the same server
 
-Endmark runs with its default settings, but for `ENDMARK_MAX_JOBS`: the other two have no limit of their own either.
+Endmark runs with its default settings, but for `ENDMARK_MAX_JOBS`: the others have no limit of their own either.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -129,14 +131,18 @@ def endmark(
 
 
 @contextmanager
-def seam(folder: Path) -> Iterator[Serving]:
-    """One process, no queue."""
+def _one_process(folder: Path, *, name: str, app: str) -> Iterator[Serving]:
+    """No queue."""
     with ExitStack() as stack:
         processes, port = _Processes(stack, folder, {}), free_port()
-        app = processes.python("app", *_uvicorn("benchmarks.seam:app", port), "--lifespan", "off")
+        server = processes.python("app", *_uvicorn(app, port), "--lifespan", "off")
         base_url = f"http://127.0.0.1:{port}"
-        _wait_until_it_answers(base_url, app)
-        yield Serving(name="seam", base_urls=(base_url,), processes={"app": (app.process.pid,)})
+        _wait_until_it_answers(base_url, server)
+        yield Serving(name=name, base_urls=(base_url,), processes={"app": (server.process.pid,)})
+
+
+seam = partial(_one_process, name="seam", app="benchmarks.seam:app")
+bare_seam = partial(_one_process, name="bare seam", app="benchmarks.bare_seam:app")
 
 
 @contextmanager
@@ -158,7 +164,7 @@ def naive_arq(folder: Path) -> Iterator[Serving]:
         )
 
 
-SYSTEMS: Mapping[str, Start] = {"endmark": endmark, "seam": seam, "naive arq": naive_arq}
+SYSTEMS: Mapping[str, Start] = {"endmark": endmark, "seam": seam, "bare seam": bare_seam, "naive arq": naive_arq}
 
 
 def _uvicorn(app: str, port: int) -> tuple[str, ...]:

@@ -4,7 +4,7 @@
     flat out by 8   the same, with an event loop that turns after every eighth token only
     API alone       one API process; the entries come from a publisher without an agent, one token each
 
-The first two against the seam and the naive version.
+The first two against the seams and the naive version.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ def cases(*, short: bool = False) -> list[Case]:
     runs: list[tuple[str, str, Start, Load]] = [
         ("endmark", "flat out", endmark, flood),
         ("seam", "flat out", SYSTEMS["seam"], flood),
+        ("bare seam", "flat out", SYSTEMS["bare seam"], flood),
         ("naive arq", "flat out", SYSTEMS["naive arq"], naive),
     ]
     if not short:
-        runs += [(system, "flat out by 8", SYSTEMS[system], by_8) for system in ("endmark", "seam")]
+        runs += [(system, "flat out by 8", SYSTEMS[system], by_8) for system in ("endmark", "seam", "bare seam")]
     flooded = [loaded(system, name, start, {"flood": load, "others": OTHERS}) for system, name, start, load in runs]
     return flooded + [
         loaded("endmark API", f"{at_once} at once", partial(fed_api, at_once=at_once), {"streams": fed})

@@ -105,6 +105,17 @@ def test_a_goal_is_judged_by_the_median_of_its_rounds() -> None:
     assert herd(results(endmark=[slow, slow, fast], seam=seam)) is False
 
 
+def test_a_goal_is_judged_beside_the_seam_and_the_bare_seam_is_told_as_well() -> None:
+    measured = results(
+        endmark=[{"p50": 9.0, "p99": 20.0}],
+        seam=[{"p50": 10.0, "p99": 20.0}],
+        **{"bare seam": [{"p50": 1.0, "p99": 2.0}]},
+    )
+    (verdict,) = [one for one in verdicts(measured) if one.what.startswith("200 requests")]
+    assert (verdict.is_met, verdict.is_met_beside_bare_seam) == (True, False)
+    assert verdict.others == {"seam": "10.0 ms", "bare seam": "1.0 ms", "naive arq": ""}
+
+
 def test_a_goal_without_its_figures_is_not_judged() -> None:
     assert herd(results(endmark=[{"p50": 9.0, "p99": 20.0}])) is None
     assert {verdict.is_met for verdict in verdicts(Results({}))} == {None}
