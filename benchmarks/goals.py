@@ -3,7 +3,7 @@
 Rule 1: a goal is judged by the median of its rounds, and a ratio by systems of the same sitting.
 Rule 2: a goal of which a figure is missing is not judged, and a run that failed counts for none.
 Rule 3: a goal that compares is met if Endmark is good enough beside the seam. How it does beside the bare seam, which
-        is more than was asked for, is told as well (docs/decisions/0022-two-seams.md).
+        is more than was asked for, is told as well (docs/decisions/0023-two-seams.md).
 """
 
 from __future__ import annotations
@@ -155,6 +155,7 @@ _delay_200 = _pair("latency", "200 streams", "delay_ms")
 _ttft_500 = _pair("latency", "500 streams", "ttft_ms")
 _delay_500 = _pair("latency", "500 streams", "delay_ms")
 _ttft_1000 = _pair("latency", "1000 streams", "ttft_ms")
+_late_1000 = _pair("latency", "1000 streams", "late_ms")
 _delay_1000 = _pair("latency", "1000 streams", "delay_ms")
 _first_of_others = _pair("throughput", "flat out", "ttft_ms", load="others")
 _ttft_herd = _pair("herd", "200 at once", "ttft_ms")
@@ -187,13 +188,13 @@ def _at_500_of(results: Results, system: str) -> str:
 
 
 def _at_1000(results: Results, seam: str) -> Judged:
-    ttft, delay = _ttft_1000(results, "endmark"), _delay_1000(results, "endmark")
-    met = ttft[0] < _ttft_1000(results, seam)[0] and delay[0] < _delay_1000(results, seam)[0]
+    met = all(pair(results, "endmark")[0] < pair(results, seam)[0] for pair in (_ttft_1000, _late_1000))
     return _at_1000_of(results, "endmark"), met
 
 
 def _at_1000_of(results: Results, system: str) -> str:
-    return f"{_ttft_1000(results, system)[0]:.1f} ms, {_delay_1000(results, system)[0]:.2f} ms"
+    ttft, late, delay = (pair(results, system)[0] for pair in (_ttft_1000, _late_1000, _delay_1000))
+    return f"{ttft:.1f} ms, {late:.1f} ms; {delay:.2f} ms"
 
 
 def _cpu_at_500(results: Results, system: str) -> float:
@@ -311,7 +312,12 @@ GOALS = (
         judge=_at_500,
         others=_at_500_of,
     ),
-    Goal(what="1,000 streams: TTFT p50, delay p50", goal="better than the seam", compare=_at_1000, others=_at_1000_of),
+    Goal(
+        what="1,000 streams: TTFT p50, last token behind an ideal server p50; delay p50",
+        goal="the first two better than the seam",
+        compare=_at_1000,
+        others=_at_1000_of,
+    ),
     Goal(
         what="CPU at 500 streams: API, worker and Valkey",
         goal="≤ 1.5 × seam",
