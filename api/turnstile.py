@@ -13,7 +13,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class TurnstileMiddleware:
-    """Requests go on in the order in which they came. The first middleware; one that comes alone need not wait."""
+    """Requests go on in the order in which they came. The first middleware; one that comes alone need not wait.
+
+    The wait is, like that in the socket's backlog before it, in no span and no metric. It is one turn for each request
+    that came before in the same crowd, for `/health` as well.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

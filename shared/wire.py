@@ -244,11 +244,12 @@ class Line:
         self._opening: asyncio.Task[CallWire] | None = None  # one try to connect is all the waiting callers' try
         self._wire: CallWire | None = None
         self._wires = AsyncExitStack()  # holds the one that is open
+        self._opened = 0  # how many there have been
 
     @property
-    def has_broken(self) -> bool:
-        """Whether what is called next will not go where the calls before it went."""
-        return self._wire is not None and self._wire.is_broken
+    def number(self) -> int:
+        """Which connection takes the next call, counted from 1: another one than before if that has broken."""
+        return self._opened if self._wire is not None and not self._wire.is_broken else self._opened + 1
 
     async def call(self, commands: bytes, replies: int) -> list[Any]:
         """As `CallWire.call`. Refusals are among the replies."""
@@ -268,6 +269,7 @@ class Line:
             self._wire = None
             await self._wires.aclose()
             self._wire = await self._wires.enter_async_context(open_wire(self._redis, CallWire))
+            self._opened += 1
         return self._wire
 
     async def aclose(self) -> None:

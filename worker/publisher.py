@@ -14,12 +14,13 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import structlog
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError
 
 from shared import metrics, scripts, timing
@@ -81,7 +82,8 @@ class AttemptLog:
         self.claim = claim
         self.loss: Loss | None = None
         self.is_over = False  # whether its marker was answered for, or it is lost
-        self.asked_after = publisher.breaks  # of how many breaks it is known what they left of it in Redis
+        self.known_on = publisher.line_number  # the connection since whose beginning it is known what of it is in Redis
+        self.refusals = 0  # in a row, of entries that Redis may take later
         self._publisher = publisher
         self._on_lost = on_lost
         self._keys = publisher.keys_of(claim)
@@ -103,7 +105,7 @@ class AttemptLog:
         self._offsets_ms = array("I")  # when each entry was numbered, since then
         self._bytes_waiting = 0
         self.must_wait = False  # whether to wait for `flushed` before more is said
-        self._flushed: asyncio.Event | None = None  # set once Redis has everything; made by whoever waits for that
+        self._awaited: list[tuple[int, asyncio.Future[None]]] = []  # who waits until Redis has how many entries
 
     @property
     def tally(self) -> Tally:
@@ -134,11 +136,12 @@ class AttemptLog:
     async def flushed(self) -> None:
         """Returns once Redis has everything said so far. Raises AttemptLostError."""
         if self._said or self._unsent:
-            if self._flushed is None:
-                self._flushed = asyncio.Event()
             if self._said:
+                self._number_entries(time.monotonic())
                 self._publisher.hurry(self)
-            await self._flushed.wait()
+            landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._awaited.append((self._tally.count, landed))
+            await landed
         if self.loss is not None:
             raise AttemptLostError(self.loss)
 
@@ -250,19 +253,31 @@ class AttemptLog:
             self._bytes_waiting = sum([len(payload) for _, payload in (*self._unsent, *self._said)])
             self.must_wait = self._bytes_waiting > HIGH_WATER_BYTES
         else:
-            self._nothing_waits()
+            self._bytes_waiting = 0
+            self.must_wait = False
+        if self._awaited:
+            self._tell_who_waits()
 
-    def _nothing_waits(self) -> None:
-        self._bytes_waiting = 0
-        self.must_wait = False
-        if self._flushed is not None:
-            self._flushed.set()
-            self._flushed = None
+    def _tell_who_waits(self) -> None:
+        """That what they wait for is in Redis, or never will be."""
+        still = []
+        for place, landed in self._awaited:
+            if place > self._confirmed and self.loss is None:
+                still.append((place, landed))
+            elif not landed.done():  # otherwise it was cancelled
+                landed.set_result(None)
+        self._awaited = still
 
     def may_go_on_behind(self, last: EntryId) -> bool:
         """Whether a stream that ends with `last` is this attempt's own: nothing is lost, nothing a stranger's."""
         newest = self._tally.count if self._finish is None else self._finish.marker.id.sequence
         return last.attempt == self.claim.attempt and self._confirmed <= last.sequence <= newest
+
+    def landed_up_to(self, last: EntryId) -> None:
+        """Redis has every entry up to this one, of which it may be that it is the marker."""
+        self.landed(last.sequence)
+        if self._finish is not None and last == self._finish.marker.id:
+            self.ended(Ending.DONE)
 
     def ended(self, ending: Ending) -> None:
         """Redis has answered for the marker."""
@@ -280,7 +295,9 @@ class AttemptLog:
             return
         self.loss, self.is_over = loss, True
         self._said, self._unsent, self._kept = [], [], None
-        self._nothing_waits()
+        self._bytes_waiting = 0
+        self.must_wait = False
+        self._tell_who_waits()
         self.ended(Ending.GONE if loss is Loss.EXPIRED else Ending.FENCED)
         self._on_lost(loss)
 
@@ -292,13 +309,14 @@ class Publisher:
         self._store = store
         self._worker_id = worker_id
         self._waiting: dict[AttemptLog, None] = {}  # in the order in which they spoke
+        self._alone: list[AttemptLog] = []  # one of them has failed a flush: each gets one of its own
         self._resting: dict[AttemptLog, None] = {}  # what they say waits for the end of their rest
         self._rest: asyncio.TimerHandle | None = None  # until the first of them has rested
+        self._rest_until = 0.0  # of time.monotonic
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._script = store.script("finish")
         self._line = Line(store.redis)  # of its own: what is said waits for no other command
-        self.breaks = 0  # how often it has become doubtful what Redis has: calls failed, or the line broke in between
 
     async def __aenter__(self) -> Publisher:
         self._task = asyncio.create_task(self._flush_forever(), name="publisher")
@@ -315,6 +333,11 @@ class Publisher:
         """The log of a claimed attempt. `on_lost` is called at most once, as soon as Redis refuses an entry."""
         return AttemptLog(self, claim, on_lost)
 
+    @property
+    def line_number(self) -> int:
+        """Which connection takes what is sent next."""
+        return self._line.number
+
     def keys_of(self, claim: Claim) -> tuple[bytes, bytes]:
         """A job's stream and its channel."""
         keys = self._store.keys
@@ -326,71 +349,96 @@ class Publisher:
 
     def notice(self, attempt: AttemptLog) -> None:
         """This attempt has something to send, as soon as it has rested."""
-        rest_s = attempt.rests_until - time.monotonic()
-        if rest_s <= 0:
+        if attempt.rests_until <= time.monotonic():
             self.hurry(attempt)
-            return
-        self._resting[attempt] = None
-        if self._rest is None:
-            self._rest = asyncio.get_running_loop().call_later(rest_s, self._end_rest)
+        else:
+            self._let_rest(attempt)
 
     def hurry(self, attempt: AttemptLog) -> None:
         """This attempt has something to send at once."""
         self._resting.pop(attempt, None)
-        if not self._waiting:
-            self._wake.set()
         self._waiting[attempt] = None
+        self._wake.set()
+
+    def _let_rest(self, attempt: AttemptLog) -> None:
+        self._resting[attempt] = None
+        if self._rest is not None and attempt.rests_until < self._rest_until:
+            self._rest.cancel()
+            self._rest = None
+        if self._rest is None:
+            self._rest_until = attempt.rests_until
+            rest_s = max(0.0, attempt.rests_until - time.monotonic())
+            self._rest = asyncio.get_running_loop().call_later(rest_s, self._end_rest)
 
     def _end_rest(self) -> None:
-        """Of those that have rested; the others are looked at again when the first of them has."""
+        """Of those that have rested; the others are looked at again when the next of them has."""
+        self._rest = None
         now = time.monotonic() + CLOCK_S
         for attempt in [attempt for attempt in self._resting if attempt.rests_until <= now]:
             self.hurry(attempt)
-        self._rest = None
         if self._resting:
-            rest_s = min(attempt.rests_until for attempt in self._resting) - now
-            self._rest = asyncio.get_running_loop().call_later(rest_s, self._end_rest)
+            self._let_rest(min(self._resting, key=lambda attempt: attempt.rests_until))
 
     async def _flush_forever(self) -> None:
+        retry_s = FIRST_RETRY_S
         while True:
             await self._wake.wait()
-            self._wake.clear()
-            attempts, self._waiting = list(self._waiting), {}
-            retry_s = FIRST_RETRY_S
-            if self._line.has_broken:
-                self.breaks += 1
-            while attempts:
-                try:
-                    doubtful = [attempt for attempt in attempts if attempt.asked_after < self.breaks]
-                    if doubtful:
-                        await self._ask_what_landed(doubtful)
-                    attempts = await self._flush(attempts, asked=doubtful)
-                except FAILURES as error:
-                    self.breaks += 1
-                    if passes(error):
-                        log.warning("publisher_cannot_reach_redis", reason=str(error), attempts=len(attempts))
-                    else:
-                        attempts = self._give_up(attempts)
-                except Exception:  # noqa: BLE001 - one attempt's defect must not silence all the others for ever
-                    self.breaks += 1
-                    attempts = self._give_up(attempts)
-                if attempts:
-                    await asyncio.sleep(retry_s)
-                    retry_s = min(2 * retry_s, LAST_RETRY_S)
+            if self._alone:
+                attempts = [self._alone.pop()]
+            else:
+                attempts, self._waiting = list(self._waiting), {}
+                self._wake.clear()
+            try:
+                await self._send(attempts)
+            except FAILURES as error:
+                if not passes(error):
+                    self._look_for_the_culprit(attempts)
+                    continue
+                log.warning("publisher_cannot_reach_redis", reason=str(error), attempts=len(attempts))
+                for attempt in attempts:
+                    self.hurry(attempt)
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+            except Exception:  # noqa: BLE001 - one attempt's defect must not silence all the others for ever
+                self._look_for_the_culprit(attempts)
+            else:
+                retry_s = FIRST_RETRY_S
 
-    def _give_up(self, attempts: list[AttemptLog]) -> list[AttemptLog]:
+    def _look_for_the_culprit(self, attempts: list[AttemptLog]) -> None:
         """Called in an exception handler. One attempt is the culprit; of several, each is tried alone."""
+        for attempt in attempts:
+            attempt.known_on = 0
         if len(attempts) == 1:
             log.exception("attempt_cannot_be_published", job=attempts[0].claim.job_id)
             attempts[0].lose(Loss.REFUSED)
         else:
             log.warning("flush_failed", attempts=len(attempts), exc_info=True)
-            for attempt in attempts[1:]:
-                self.hurry(attempt)
-            return attempts[:1]
-        return []
+            self._alone += attempts
+            self._wake.set()
 
-    async def _flush(self, attempts: list[AttemptLog], *, asked: list[AttemptLog]) -> list[AttemptLog]:
+    async def _send(self, attempts: list[AttemptLog]) -> None:
+        """Sends all that these attempts have to say. What Redis refuses now is tried again, and holds up nobody else.
+
+        Raises one of FAILURES if it is not known what Redis has got.
+        """
+        line = self._line.number
+        doubtful = {attempt for attempt in attempts if attempt.known_on != line}
+        if doubtful:
+            await self._ask_what_landed(doubtful, line)
+        again = await self._flush(attempts, line, asked=doubtful)
+        for attempt in doubtful.difference(again):
+            attempt.refusals = 0
+        for attempt in again:
+            attempt.known_on = 0
+            attempt.refusals += 1
+            if attempt.refusals == 1:  # mostly since it is there already: that is asked at once
+                self.hurry(attempt)
+            else:
+                again_s = min(FIRST_RETRY_S * 2 ** min(attempt.refusals, 10), LAST_RETRY_S)
+                attempt.rests_until = time.monotonic() + again_s
+                self._let_rest(attempt)
+
+    async def _flush(self, attempts: list[AttemptLog], line: int, *, asked: Set[AttemptLog]) -> list[AttemptLog]:
         """Sends all that these attempts have to say; returns those that must be sent again.
 
         `asked`: of which it was asked just before what has landed. An entry of theirs that is refused all the same, and
@@ -411,7 +459,9 @@ class Publisher:
             if finish is not None:
                 commands.append(self._finish_command(attempt, finish))
                 markers += 1
-        answers = await self._call(commands, 2 * count + markers)
+        if not commands:
+            return []
+        answers = await self._call(commands, 2 * count + markers, line)
         metrics.flushed(count, size)
         if not markers and set(map(type, answers[::2])) <= _STORED:  # an append and its publication answer one each
             for attempt, _, last, _ in sent:
@@ -424,16 +474,19 @@ class Publisher:
             behind = at + 2 * entry_count
             stored, ending = answers[at:behind:2], answers[behind] if has_marker else None
             at = behind + has_marker
-            if not await self._settle(attempt, last, stored, ending, asked=attempt in asked):
-                attempt.asked_after = -1
+            if not await self._settle(attempt, last, stored, ending, line, asked=attempt in asked):
                 again.append(attempt)
         return again
 
-    async def _settle(self, attempt: AttemptLog, last: int, stored: list[Any], ending: Any, *, asked: bool) -> bool:
+    async def _settle(
+        self, attempt: AttemptLog, last: int, stored: list[Any], ending: Any, line: int, *, asked: bool
+    ) -> bool:
         """Tells an attempt what Redis has answered to its entries, up to the last, and to its marker.
 
         False: send them again.
         """
+        if attempt.is_over:  # it was lost meanwhile
+            return True
         # A refused append may have been refused for being there.
         refused = next((answer for answer in stored if isinstance(answer, Exception)), None)
         if refused is not None and (passes(refused) or not asked or _came_too_late(refused)):
@@ -444,7 +497,7 @@ class Publisher:
         elif None in stored:  # NOMKSTREAM
             attempt.lose(Loss.EXPIRED)
         elif isinstance(ending, NoScriptError):  # Redis was restarted, or its scripts were flushed
-            await self._line.call(command("SCRIPT", "LOAD", scripts.source("finish")), 1)
+            await self._call([command("SCRIPT", "LOAD", scripts.source("finish"))], 1, line)
             return False
         elif isinstance(ending, Exception) and passes(ending):
             return False
@@ -457,19 +510,20 @@ class Publisher:
                 attempt.ended(Ending(ending.decode()))
         return True
 
-    async def _ask_what_landed(self, attempts: list[AttemptLog]) -> None:
+    async def _ask_what_landed(self, doubtful: Set[AttemptLog], line: int) -> None:
         """After a refusal, or an answer that never came: what is in Redis already must not be sent twice.
 
         What has landed is published once more, since nobody knows whether it was: readers drop what they have.
         """
-        attempts = [attempt for attempt in attempts if not attempt.is_over]
+        attempts = [attempt for attempt in doubtful if not attempt.is_over]
         streams = [self._store.keys.stream(attempt.claim.job_id) for attempt in attempts]
-        answers = await self._call([command("XREVRANGE", key, "+", "-", "COUNT", 1) for key in streams], len(streams))
+        questions = [command("XREVRANGE", key, "+", "-", "COUNT", 1) for key in streams]
+        answers = await self._call(questions, len(streams), line)
         if refused := next((answer for answer in answers if isinstance(answer, Exception)), None):
             raise refused
+        landed: list[tuple[AttemptLog, EntryId]] = []
         commands: list[bytes] = []
         for attempt, rows in zip(attempts, answers, strict=True):
-            attempt.asked_after = self.breaks
             if not rows:
                 attempt.lose(Loss.EXPIRED)
                 continue
@@ -481,16 +535,17 @@ class Publisher:
                 log.error("confirmed_entries_lost", job=attempt.claim.job_id, last=str(last))
                 attempt.lose(Loss.REFUSED)
                 continue
-            sequence, entries, finish = attempt.take(time.monotonic())
+            sequence, entries, _ = attempt.take(time.monotonic())
             channel = self._store.keys.stream_channel(attempt.claim.job_id)
             for kind, payload in entries[: last.sequence - sequence + 1]:
                 entry = Entry(EntryId(last.attempt, sequence), kind, payload)
                 commands.append(command("PUBLISH", channel, entry_to_message(entry)))
                 sequence += 1
-            attempt.landed(last.sequence)
-            if finish is not None and last == finish.marker.id:
-                attempt.ended(Ending.DONE)
-        await self._call(commands, len(commands))
+            landed.append((attempt, last))
+        await self._call(commands, len(commands), line)  # if it fails, all of it is asked again
+        for attempt, last in landed:
+            attempt.landed_up_to(last)
+            attempt.known_on = line
 
     def _finish_command(self, attempt: AttemptLog, finish: _Finish) -> bytes:
         keys, args = self._store.finish_args(
@@ -505,10 +560,15 @@ class Publisher:
         )
         return command("EVALSHA", self._script.sha, len(keys), *keys, *args)
 
-    async def _call(self, commands: list[bytes], replies: int) -> list[Any]:
-        """Sends commands in one go and returns their replies, refusals among them. Raises one of FAILURES."""
+    async def _call(self, commands: list[bytes], replies: int, line: int) -> list[Any]:
+        """Sends commands in one go and returns their replies, refusals among them. Raises one of FAILURES.
+
+        `line`: the number of the connection for which they are meant; they go on no other.
+        """
         if not commands:
             return []
+        if self._line.number != line:
+            raise RedisConnectionError("the connection has broken")
         return await self._line.call(b"".join(commands), replies)
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import hiredis
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
 
 import worker.publisher
 from shared.entries import MAX_ENTRY_BYTES, Entry, EntryId, ErrorMarker, Kind, OkMarker, Tally, entry_to_message
 from shared.jobs import Status
 from shared.store import Claim, Ending, JobStore
+from shared.tasks import end_task
 from shared.wire import CallWire, command
 from tests.conftest import Backend, MakeStore
 from tests.jobs import Attempt, WorkerSteps, a_worker, entries_of, record_of, status_of, submitted
@@ -42,6 +44,11 @@ class Calls:
         self.plan: list[str | int | Callable[[], Awaitable[object]] | None] = []
         self.sent: list[list[str]] = []  # the names of the commands of each call
         self.wires: list[CallWire] = []  # on which each call went
+        self.answers: list[Callable[[list[str]], list[Any]]] = []  # of the next calls with appends, in place of Redis
+        self.answers_for: dict[
+            str, Callable[[list[str]], list[Any]]
+        ] = {}  # of all calls with appends to a job's stream
+        self.refused = 0  # how many calls were answered so
         original = CallWire.call
 
         async def call(wire: CallWire, commands: bytes, replies: int) -> list[Any]:
@@ -49,6 +56,13 @@ class Calls:
             assert len(parsed) == replies
             self.wires.append(wire)
             self.sent.append([parts[0].decode() for parts in parsed])
+            if "XADD" in self.sent[-1]:
+                made = [answers for job_id, answers in self.answers_for.items() if job_id.encode() in commands]
+                if self.answers:
+                    made.append(self.answers.pop(0))
+                if made:
+                    self.refused += 1
+                    return made[0](self.sent[-1])
             how = self.plan.pop(0) if self.plan else None
             if callable(how):
                 await how()
@@ -304,6 +318,33 @@ async def test_flushed_means_that_redis_has_everything(store: JobStore, spoken: 
     await spoken.log.flushed()
 
 
+async def test_who_waits_for_redis_does_not_wait_for_what_is_said_later(store: JobStore, spoken: Spoken) -> None:
+    """A tool may start although another task of its agent speaks on and on."""
+
+    async def speak_on() -> None:
+        while True:
+            spoken.say(b"on ")
+            await asyncio.sleep(0)
+
+    speaker = asyncio.create_task(speak_on())
+    async with asyncio.timeout(10):
+        for number in range(5):
+            spoken.say(b"%d" % number, kind=Kind.TOOL)
+            await spoken.log.flushed()
+            assert (Kind.TOOL, b"%d" % number) in await said_in(store, spoken.job_id)
+    await end_task(speaker)
+
+
+async def test_one_that_waits_and_is_cancelled_takes_nobody_along(store: JobStore, spoken: Spoken) -> None:
+    spoken.say(b"a")
+    gone, stays = (asyncio.create_task(spoken.log.flushed()) for _ in range(2))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await stays
+    assert gone.cancelled()
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")]
+
+
 async def test_who_outruns_redis_has_to_wait(spoken: Spoken) -> None:
     def must_wait() -> bool:
         return spoken.log.must_wait
@@ -488,6 +529,57 @@ async def test_a_confirmed_entry_that_is_lost_with_an_idle_connection_ends_the_a
     await assert_whole(store, whole.job_id)
 
 
+async def test_a_connection_that_breaks_between_two_tries_is_another_one(
+    store: JobStore, publisher: Publisher, calls: Calls
+) -> None:
+    """A planned failover: the old primary refuses an append, cuts its connections, and has lost a confirmed entry."""
+    whole, cut = await speaking(store, publisher), await speaking(store, publisher)
+    for spoken in (whole, cut):
+        for fragment in (b"a", b"b"):
+            spoken.say(fragment)
+            await spoken.log.flushed()
+    await store.redis.xdel(store.keys.stream(cut.job_id), "1-2")
+
+    def read_only(commands: list[str]) -> list[Any]:
+        asyncio.get_running_loop().call_soon(
+            calls.wires[-1].break_off, RedisConnectionError("a primary that is one no longer")
+        )
+        return [ReadOnlyError("You can't write against a read only replica.")] * len(commands)
+
+    calls.answers = [read_only]
+    whole.say(b"c")
+    await whole.log.flushed()
+    cut.say(b"c")
+    with pytest.raises(AttemptLostError):
+        await cut.log.flushed()
+    assert await said_in(store, cut.job_id) == [(Kind.DELTA, b"a")], "nothing follows the hole"
+    assert await whole.finish_ok() is Ending.DONE
+    await assert_whole(store, whole.job_id)
+
+
+async def test_what_redis_refuses_for_now_holds_up_nobody_else(
+    store: JobStore, publisher: Publisher, calls: Calls
+) -> None:
+    await store.redis.script_load(store.script("finish").script)
+    refused, other = await speaking(store, publisher), await speaking(store, publisher)
+
+    def no_memory(commands: list[str]) -> list[Any]:
+        return [OutOfMemoryError("used memory > 'maxmemory'") if name == "XADD" else 0 for name in commands]
+
+    calls.answers_for[refused.job_id] = no_memory
+    refused.say(b"a")
+    await async_wait_until(lambda: calls.refused > 3, timeout=5, description="an append that is refused again")
+    other.say(b"b")
+    async with asyncio.timeout(5):
+        assert await other.finish_ok() is Ending.DONE
+    await assert_whole(store, other.job_id)
+    assert await said_in(store, refused.job_id) == []
+    calls.answers_for.clear()
+    await until_said(store, refused.job_id, b"a")
+    assert await refused.finish_ok() is Ending.DONE
+    assert refused.losses == []
+
+
 async def test_an_attempt_that_has_ended_is_lost_no_more(
     store: JobStore, publisher: Publisher, spoken: Spoken, calls: Calls
 ) -> None:
@@ -574,15 +666,15 @@ async def test_what_is_said_while_the_connection_is_broken_follows(
     await assert_whole(store, spoken.job_id)
 
 
-@pytest.mark.parametrize("commands", [1, 3, 5])
+@pytest.mark.parametrize("plan", [[1], [3], [5], [5, None, "before"], ["after", None, "after"]], ids=str)
 async def test_every_entry_is_published_even_if_the_connection_broke_in_between(
-    store: JobStore, spoken: Spoken, calls: Calls, commands: int
+    store: JobStore, spoken: Spoken, calls: Calls, plan: list[str | int | None]
 ) -> None:
     """Otherwise a reader sees it only with the next entry, or after a quiet while."""
     async with store.redis.pubsub() as pubsub:
         await pubsub.subscribe(store.keys.stream_channel(spoken.job_id))
         assert (await pubsub.get_message(timeout=5))["type"] == "subscribe"
-        calls.plan = [commands]
+        calls.plan = [*plan]
         for number in range(3):
             spoken.say(b"%d" % number, kind=Kind.TOOL)
         await spoken.log.flushed()
