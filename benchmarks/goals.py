@@ -16,7 +16,8 @@ from typing import Any
 
 import orjson
 
-SEAM, BARE_SEAM, NAIVE = OTHERS = ("seam", "bare seam", "naive arq")
+SEAM, BARE_SEAM = "seam", "bare seam"
+OTHERS = (SEAM, BARE_SEAM, "bare relay", "naive arq")
 ENOUGH = 0.9  # of a figure, where the goal is "no worse": what two runs of the same differ by
 
 

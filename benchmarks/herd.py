@@ -1,6 +1,6 @@
 """What 200 requests get that come at the same moment: `python -m benchmarks.herd [--rounds 5]`.
 
-Each is a new connection. Endmark against the seams and the naive version.
+Each is a new connection. Endmark against the seams, the bare relay and the naive version.
 """
 
 from __future__ import annotations

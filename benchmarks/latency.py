@@ -5,7 +5,7 @@
     500 streams     the same, and whether the offered rate is delivered and what it costs
     1,000 streams   the same, beyond what the seam's one core can do
 
-Endmark against both seams in every case, and against the naive version as far as that can follow.
+Endmark against both seams and the bare relay in every case, and against the naive version as far as that can follow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def cases(*, short: bool = False) -> list[Case]:
     plans = (
         {"endmark": SHORT, "seam": SHORT, "bare seam": SHORT, "naive arq": SHORT_FEW}
         if short
-        else {"endmark": LOADS, "seam": LOADS, "bare seam": LOADS, "naive arq": FEW}
+        else {"endmark": LOADS, "seam": LOADS, "bare seam": LOADS, "bare relay": LOADS, "naive arq": FEW}
     )
     return [
         loaded(system, name, SYSTEMS[system], {"streams": load})

@@ -26,7 +26,13 @@ _REGION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTAL
 _MARKS = {True: "met", False: "**missed**", None: "–"}
 _BESIDE_BARE_SEAM = {True: "met", False: "missed", None: ""}
 _SYSTEMS = {"endmark": "Endmark"} | {name: name for name in OTHERS}
-_COLOURS = {"endmark": "tab:blue", "seam": "tab:orange", "bare seam": "tab:red", "naive arq": "tab:green"}
+_COLOURS = {
+    "endmark": "tab:blue",
+    "seam": "tab:orange",
+    "bare seam": "tab:red",
+    "bare relay": "tab:purple",
+    "naive arq": "tab:green",
+}
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     endmark      API processes and workers as users run them, and the Valkey server with the options of `endmark dev`
     seam         the same agent in one process, without a queue, behind Starlette (benchmarks/seam.py)
     bare seam    the same without a framework, on raw ASGI (benchmarks/bare_seam.py)
+    bare relay   API, Redis and worker with nothing but the way of a token (benchmarks/bare_relay.py), on that server
     naive arq    the first version that anyone writes with arq (benchmarks/naive_arq.py), on the same server
 
 Endmark runs with its default settings, but for `ENDMARK_MAX_JOBS`: the others have no limit of their own either.
@@ -17,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import redis
@@ -164,7 +166,33 @@ def naive_arq(folder: Path) -> Iterator[Serving]:
         )
 
 
-SYSTEMS: Mapping[str, Start] = {"endmark": endmark, "seam": seam, "bare seam": bare_seam, "naive arq": naive_arq}
+@contextmanager
+def bare_relay(folder: Path) -> Iterator[Serving]:
+    """One API process and one worker."""
+    with ExitStack() as stack:
+        redis_url, valkey_pid = stack.enter_context(valkey(folder / "valkey"))
+        processes, port, redis_port = _Processes(stack, folder, {}), free_port(), str(urlsplit(redis_url).port)
+        module = "benchmarks.bare_relay"
+        worker = processes.python("worker", module, "worker", "--redis-port", redis_port)
+        api = processes.python("api", module, "api", "--redis-port", redis_port, "--port", str(port))
+        base_url = f"http://127.0.0.1:{port}"
+        _wait_until_it_answers(base_url, api)
+        httpx.post(f"{base_url}/v1/chat/completions", json=ONE_TOKEN, timeout=START_TIMEOUT_S).raise_for_status()
+        yield Serving(
+            name="bare relay",
+            base_urls=(base_url,),
+            processes={"api": (api.process.pid,), "worker": (worker.process.pid,), "valkey": (valkey_pid,)},
+            redis_url=redis_url,
+        )
+
+
+SYSTEMS: Mapping[str, Start] = {
+    "endmark": endmark,
+    "seam": seam,
+    "bare seam": bare_seam,
+    "bare relay": bare_relay,
+    "naive arq": naive_arq,
+}
 
 
 def _uvicorn(app: str, port: int) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ def test_a_goal_is_judged_beside_the_seam_and_the_bare_seam_is_told_as_well() ->
     )
     (verdict,) = [one for one in verdicts(measured) if one.what.startswith("200 requests")]
     assert (verdict.is_met, verdict.is_met_beside_bare_seam) == (True, False)
-    assert verdict.others == {"seam": "10.0 ms", "bare seam": "1.0 ms", "naive arq": ""}
+    assert verdict.others == {"seam": "10.0 ms", "bare seam": "1.0 ms", "bare relay": "", "naive arq": ""}
 
 
 def test_a_goal_without_its_figures_is_not_judged() -> None:
