@@ -95,6 +95,7 @@ class StreamedAnswer(Response):
         self._now = asyncio.get_running_loop().time
         self._said_at = self._sent_at = 0.0  # when a frame, and when anything, was last sent
         self._unsent = b""  # frames of a push that the client was too slow for
+        self._writer: BodyWriter | None = None  # once the answer has begun, if there can be one
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises InvalidRequestError, GoneError or JobFailedError before anything is sent."""
@@ -114,6 +115,7 @@ class StreamedAnswer(Response):
 
     async def _go_on(self, following: Following, send: Send, frames: bytes) -> None:
         """What comes behind the start."""
+        self._writer = body_writer(send)
         try:
             async with following as tail:
                 try:
@@ -166,8 +168,7 @@ class StreamedAnswer(Response):
         """Returns the frames that were not sent, since they came together with the ending."""
         answer, encoder, now = self._answer, self._encoder, self._now
         ping_s, heartbeat_s = answer.settings.ping_interval_s, answer.settings.heartbeat_interval_s
-        writer = body_writer(send)
-        push = partial(self._push, writer) if writer is not None else None
+        push = self._push if self._writer is not None else None
         self._said_at = self._sent_at = now()
         while not answer.has_ended():
             entries: list[Entry] = []
@@ -191,17 +192,23 @@ class StreamedAnswer(Response):
                 await self._send(send, frames)
         return b""
 
-    def _push(self, writer: BodyWriter, entries: list[Entry]) -> bool:
+    def _push(self, entries: list[Entry]) -> bool:
         """See `Tail.next`: sends the frames of some entries now. False if the client does not take them now."""
         frames = self._encoder.frames(entries)
         if not frames:
             return True
         self._said_at = self._sent_at = self._now()
         self._answer.has_been_told = True
-        if len(frames) > SEND_BYTES or not writer.takes_now:
+        if len(frames) > SEND_BYTES or not self._write(frames):
             self._unsent = frames
             return False
-        writer.write(frames)
+        return True
+
+    def _write(self, piece: bytes) -> bool:
+        """Sends it now, if the client takes it now."""
+        if self._writer is None or not self._writer.takes_now:
+            return False
+        self._writer.write(piece)
         return True
 
     async def _send(self, send: Send, frames: bytes) -> None:
@@ -215,6 +222,8 @@ class StreamedAnswer(Response):
 
     async def _send_piece(self, send: Send, piece: bytes, *, more_body: bool = True) -> None:
         """Waits for a client that does not take at once what it is sent. Raises ClientGoneError."""
+        if more_body and self._write(piece):
+            return
         self._is_sending = True
         try:
             async with asyncio.timeout(self._answer.settings.stall_timeout_s):
