@@ -223,6 +223,19 @@ async def test_nobody_else_waits_for_one_that_rests(
     assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")]
 
 
+async def test_a_long_rest_lengthens_nobody_elses(
+    store: JobStore, publisher: Publisher, spoken: Spoken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = await speaking(store, publisher)
+    for who, rest_s in ((spoken, LONG_S), (other, 0.05)):
+        monkeypatch.setattr(worker.publisher, "REST_S", rest_s)
+        who.say(b"a")
+        await who.log.flushed()
+        who.say(b"b")
+    await until_said(store, other.job_id, b"b")
+    assert await said_in(store, spoken.job_id) == [(Kind.DELTA, b"a")]
+
+
 @pytest.mark.parametrize("how", ["a marker", "somebody who waits"])
 async def test_a_rest_ends_with(store: JobStore, spoken: Spoken, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(worker.publisher, "REST_S", LONG_S)
