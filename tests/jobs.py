@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections.abc import Iterable, Mapping
@@ -42,6 +43,19 @@ async def submitted(store: JobStore, /, job_id: str | None = None, *, session: s
     job = a_submission(job_id, session=session, **changes)
     assert (await store.submit(job)).is_new
     return job.job_id
+
+
+async def the_next_ms(store: JobStore) -> None:
+    """Until Redis's clock shows another millisecond."""
+
+    async def now_ms() -> int:
+        seconds, microseconds = await store.redis.time()
+        return int(seconds * 1000 + microseconds // 1000)
+
+    start_ms = await now_ms()
+    async with asyncio.timeout(5):
+        while await now_ms() == start_ms:
+            pass
 
 
 @dataclass

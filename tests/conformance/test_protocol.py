@@ -27,6 +27,7 @@ from tests.jobs import (
     running,
     status_of,
     submitted,
+    the_next_ms,
 )
 from tests.waiting import async_wait_until
 
@@ -37,19 +38,6 @@ UNFINISHED_S = 2 * (300 + 600) + RETENTION_S  # all deadlines of all attempts, t
 async def sweep_until_something(store: JobStore) -> list[Swept]:
     """What the first sweep that finds something does."""
     return await async_wait_until(store.sweep, timeout=5, description="a sweep that moves something on")
-
-
-async def the_next_ms(store: JobStore) -> None:
-    """Until Redis's clock shows another millisecond."""
-
-    async def now_ms() -> int:
-        seconds, microseconds = await store.redis.time()
-        return int(seconds * 1000 + microseconds // 1000)
-
-    start_ms = await now_ms()
-    async with asyncio.timeout(5):
-        while await now_ms() == start_ms:
-            pass
 
 
 async def bell_tokens(store: JobStore) -> int:
