@@ -31,6 +31,7 @@ from shared.jobs import ErrorCode
 
 SEND_BYTES = 64 * 1024  # of a stream that are handed over at a time, and waited for
 PING = b": ping\n\n"
+TOGETHER_S = 0.1  # silent streams are pinged at multiples of this: to wake up costs as much as several pings
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache, no-transform"),
@@ -174,6 +175,7 @@ class StreamedAnswer(Response):
             entries: list[Entry] = []
             frames = b""  # what was sent is not to be kept for as long as the next word takes
             due_at = min(self._sent_at + ping_s, self._said_at + heartbeat_s)
+            due_at += -due_at % TOGETHER_S
             entries = await answer.entries(tail, max(0.0, due_at - now()), push)
             if self._unsent:
                 await self._send(send, self._unsent)
