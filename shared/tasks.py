@@ -11,6 +11,13 @@ import structlog
 log = structlog.get_logger(__name__)
 
 AGAIN_S = 0.2
+_TURNS = 3  # of the event loop: what was begun takes its first step, the publisher hears of it, and the wire is written
+
+
+async def stand_back() -> None:
+    """Lets what has just been begun, and what it says at once, go first."""
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
 
 
 async def end_task(task: asyncio.Task[Any]) -> None:

@@ -37,7 +37,7 @@ from shared.sentinel import follow_primary
 from shared.settings import Settings
 from shared.store import CLAIM_LIMIT, Claim, IdleDeadline, JobStore
 from shared.sweeper import sweep_forever
-from shared.tasks import end_task
+from shared.tasks import end_task, stand_back
 from shared.text import json_bytes, parse_json
 from shared.webhooks import WebhookStore
 from shared.wire import Line
@@ -215,6 +215,8 @@ class QueueWorker(Worker):
             claims = await self.store.claim(self.worker_id, most, wait_s=wait_s)
             for claim in claims:
                 self._start(claim)
+        if claims:
+            await stand_back()
         self._left_some = len(claims) == most
 
     async def _wait_for_change(self) -> None:

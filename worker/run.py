@@ -24,6 +24,7 @@ from shared.files import FileStore
 from shared.jobs import ErrorCode, Status, session_key
 from shared.packs import Row
 from shared.store import Claim, Ending, JobStore
+from shared.tasks import stand_back
 from shared.text import json_bytes, parse_json, text_bytes
 from worker.agents.contract import Agent, AgentError, FinishReason, Outcome, ToolStatus, Turn
 from worker.attachments import with_files
@@ -208,12 +209,13 @@ class Run:
             await self._execute()
 
     async def _execute(self) -> None:
-        self._log.info("job_started", agent=self._agent.name)
         voice = self._voice = StreamVoice(self._attempt, max_bytes=self._settings.max_answer_bytes)
         started_at = voice.last_said_at
         agent_task = asyncio.create_task(self._run_agent(voice), name=f"agent {self.claim.job_id}")
         self._agent_task = agent_task
         try:
+            await stand_back()
+            self._log.info("job_started", agent=self._agent.name)
             await self._until_done_or_stopped(agent_task, voice)
         except asyncio.CancelledError:
             self.stop(Stop.DRAINED)
