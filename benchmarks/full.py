@@ -15,6 +15,7 @@ QUESTIONS = {  # with how many rounds for one round of the whole
     "latency": 1,
     "throughput": 1,
     "herd": 2,
+    "burst": 1,
     "dispatch": 1,
     "model_upstream": 1,
     "replicas": 1,

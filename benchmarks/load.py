@@ -49,6 +49,7 @@ class Load:
     tokens: int  # of each stream
     interval_ms: float  # between the tokens of a stream; 0: as fast as they are taken
     rounds: int = 1  # streams of each user, one after another
+    begins_s: float = 0  # after the other loads
     ramp_s: float | None = None  # over which the users begin; None: the length of a stream; 0: all at once
     think_s: float = 1.0  # the longest pause of a user between two streams
     words: str = ""  # more words for the script (tests/upstream.py)
@@ -67,7 +68,7 @@ class Load:
         draw = random.Random(1)
         ramp_s = max(0.5, self.stream_s) if self.ramp_s is None else self.ramp_s
         return [
-            [ramp_s * (user + draw.random()) / self.users]
+            [self.begins_s + ramp_s * (user + draw.random()) / self.users]
             + [self.think_s * draw.random() for _ in range(self.rounds - 1)]
             for user in range(self.users)
         ]

@@ -26,6 +26,8 @@ _REGION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTAL
 _MARKS = {True: "met", False: "**missed**", None: "–"}
 _BESIDE_BARE_SEAM = {True: "met", False: "missed", None: ""}
 _SYSTEMS = {"endmark": "Endmark"} | {name: name for name in OTHERS}
+# Which loads of which questions are told of, in this order.
+_LOADS = (("latency", "streams"), ("herd", "streams"), ("burst", "steady"), ("burst", "burst"), ("throughput", "flood"))
 _COLOURS = {
     "endmark": "tab:blue",
     "seam": "tab:orange",
@@ -65,12 +67,12 @@ def goals(results: Results) -> str:
 def systems(results: Results) -> str:
     """Every load on every system."""
     rows = []
-    for question in ("latency", "herd", "throughput"):
+    for question, load in _LOADS:
         for case in sorted({case for system in _SYSTEMS for case in results.cases(question, system)}, key=_by_number):
-            load = "flood" if question == "throughput" else "streams"
             for system, name in _SYSTEMS.items():
                 if results.runs(question, system, case):
-                    rows.append((case, name, *_load_cells(results, question, system, case, load)))
+                    told = f"{case}: {load}" if question == "burst" else case
+                    rows.append((told, name, *_load_cells(results, question, system, case, load)))
     headings = (
         "Load",
         "System",

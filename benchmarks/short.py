@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import dispatch, herd, idle_memory, latency, model_upstream, replicas, throughput
+from benchmarks import burst, dispatch, herd, idle_memory, latency, model_upstream, replicas, throughput
 from benchmarks.goals import OTHERS, Results, Verdict, verdicts
 from benchmarks.rounds import run_rounds, write_results
 
@@ -44,6 +44,7 @@ def main(rounds: int, idle_streams: int) -> None:
         "latency": latency.cases(short=True),
         "throughput": throughput.cases(short=True),
         "herd": herd.cases(),
+        "burst": burst.cases(),
         "dispatch": dispatch.cases(short=True),
         "model_upstream": model_upstream.cases(short=True),
         "replicas": replicas.cases(),
