@@ -1,4 +1,4 @@
-"""A crowd of requests begins one after the other."""
+"""A crowd of requests begins a few at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
-from api.turnstile import TurnstileMiddleware
+from api.turnstile import AT_ONCE, TurnstileMiddleware
 
 
 class Door:
@@ -49,26 +49,37 @@ async def test_who_comes_alone_need_not_wait() -> None:
     assert door.entered == [0, 1, 2]
 
 
-async def test_of_a_crowd_one_enters_in_each_turn_in_the_order_in_which_they_came() -> None:
-    door = Door()
-    tasks = door.crowd(20)
+async def test_of_a_crowd_a_few_enter_in_each_turn_in_the_order_in_which_they_came() -> None:
+    door, size = Door(), 3 * AT_ONCE + 1
+    tasks = door.crowd(size)
     seen = [0]
-    while len(door.entered) < 20:
+    while len(door.entered) < size:
         await asyncio.sleep(0)
         seen.append(len(door.entered))
-    assert max(after - before for before, after in pairwise(seen)) == 1
-    assert door.entered == list(range(20))
+    assert max(after - before for before, after in pairwise(seen)) == AT_ONCE
+    assert door.entered == list(range(size))
     await asyncio.gather(*tasks)
 
 
-async def test_one_that_leaves_the_queue_holds_nobody_up() -> None:
+async def test_who_comes_while_others_wait_enters_behind_them() -> None:
     door = Door()
-    tasks = door.crowd(5)
+    tasks = door.crowd(2 * AT_ONCE)
     await asyncio.sleep(0)
-    tasks[1].cancel()
-    tasks[4].cancel()
+    assert len(door.entered) == AT_ONCE
+    late = asyncio.create_task(door.come(1000))
+    await asyncio.gather(*tasks, late)
+    assert door.entered == [*range(2 * AT_ONCE), 1000]
+
+
+async def test_one_that_leaves_the_queue_holds_nobody_up() -> None:
+    door, size = Door(), AT_ONCE + 4
+    tasks = door.crowd(size)
+    await asyncio.sleep(0)
+    left = (AT_ONCE, size - 1)
+    for number in left:
+        tasks[number].cancel()
     await asyncio.wait(tasks)
-    assert door.entered == [0, 2, 3]
+    assert door.entered == [number for number in range(size) if number not in left]
     await asyncio.sleep(0)
     await asyncio.gather(*door.crowd(1))
-    assert door.entered == [0, 2, 3, 0]
+    assert door.entered[-1] == 0
