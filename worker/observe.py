@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import structlog
+from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from shared import metrics, tracing
@@ -35,6 +36,13 @@ class Observation:
         tokens = structlog.contextvars.bind_contextvars(job=claim.job_id, attempt=claim.attempt)
         self._stack.callback(structlog.contextvars.reset_contextvars, **tokens)
         parent = tracing.context_of(claim.trace)
+        if parent or tracing.records():
+            self._open_spans(parent)
+        return self
+
+    def _open_spans(self, parent: Context) -> None:
+        """That of the wait, which is over, and the agent's, which is the current one until the end."""
+        claim = self._claim
         job: dict[str, Any] = {"endmark.job.id": claim.job_id, "endmark.attempt": claim.attempt}
         if claim.accepted_ms and tracing.records():
             tracing.tracer.start_span(
@@ -48,7 +56,6 @@ class Observation:
         }
         span = self._stack.enter_context(tracing.span(f"invoke_agent {self._agent}", parent, attributes=job | asked))
         self._span = span if span.is_recording() else None
-        return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._stack.close()
