@@ -73,6 +73,7 @@ class Claim(NamedTuple):
     arq_job: bytes | None = None  # arq's own record, which names the function; None if it is gone
     accepted_ms: int = 0  # Redis's clock; 0: nobody knows any more
     trace: Mapping[str, str] = {}  # the span of the request, see shared/tracing.py; empty if there was none
+    session_state: bytes | None = None  # b"": there is none; None: to be asked for, see `JobStore.session_state`
 
 
 class Held(NamedTuple):
@@ -280,10 +281,17 @@ class JobStore:
             if int(attempt) == 0:
                 metrics.job_ended(Status.CANCELLED, ErrorCode.CANCELLED)
                 continue
-            started_ms, accepted_ms, *trace, request, arq_job = rest
+            started_ms, accepted_ms, *trace, request, arq_job = rest[:6]
             claims.append(
                 Claim(
-                    job_id.decode(), int(attempt), int(started_ms), request, arq_job, int(accepted_ms), _carrier(trace)
+                    job_id=job_id.decode(),
+                    attempt=int(attempt),
+                    started_ms=int(started_ms),
+                    request=request,
+                    arq_job=arq_job,
+                    accepted_ms=int(accepted_ms),
+                    trace=_carrier(trace),
+                    session_state=rest[6] if len(rest) > 6 else None,
                 )
             )
         return claims
@@ -354,7 +362,8 @@ class JobStore:
     async def session_state(self, session: str) -> bytes | None:
         """What the agent left in the session's last whole turn; None: a new session.
 
-        For the turn that runs. No other turn of its session can change it meanwhile, since only that one is not fenced.
+        For the turn that runs, if its claim has not brought it. No other turn of its session can change it meanwhile,
+        since only that one is not fenced.
         """
         state: bytes | None = (await self._ask(("GET", self.keys.session(session))))[0]
         return state

@@ -244,7 +244,8 @@ class QueueWorker(Worker):
         if not task.cancelled() and (error := task.exception()):
             log.error("job_not_released", job=claim.job_id, exc_info=error)
         self._changed.set()
-        self.compactor.offer(claim, run.packed_rows())
+        # What waits there is to hold nothing of the request.
+        self.compactor.offer(claim._replace(request=None, session_state=None), run.packed_rows())
 
     async def _deliver(self, run: Run, earlier: asyncio.Task[Any] | None) -> None:
         """Calls the function that arq's record of the job names, which executes the run."""

@@ -240,7 +240,7 @@ class Run:
             owns_history=request["owns_history"],
             model=request["model"],
             tenant=tenant,
-            session_state=await insist(lambda: self._store.session_state(session)) if session else None,
+            session_state=await self._session_state(session) if session else None,
             params=request["params"],
         )
         try:
@@ -252,6 +252,11 @@ class Run:
         if outcome.text and not voice.said_text:
             await voice.text(outcome.text)
         return outcome
+
+    async def _session_state(self, session: str) -> bytes | None:
+        if self.claim.session_state is None:
+            return await insist(lambda: self._store.session_state(session))
+        return self.claim.session_state or None
 
     async def _until_done_or_stopped(self, agent_task: asyncio.Task[Outcome], voice: StreamVoice) -> None:
         """Waits for the agent, a stop, or a deadline, and turns a missed deadline into a stop."""

@@ -3,8 +3,9 @@
 -- ARGV: 1 prefix, 2 worker id, 3 most jobs, 4 run timeout in ms, 5 time to live of an unfinished job in ms, 6 how much
 --       of it is enough, 7 retention in ms, 8 the payload of the error marker of a job for which nobody waits any more
 -- Returns nothing if the worker holds no lease, since nobody would notice its death, if it drains, or if the queue is paused.
--- Otherwise a list of {job id, attempt, started ms, accepted ms, traceparent, tracestate, request, arq's job}; ids whose job
--- is gone, has ended or must not start any more are dropped on the way. Of a job that was given up the list has {job id, 0}.
+-- Otherwise a list of {job id, attempt, started ms, accepted ms, traceparent, tracestate, request, arq's job}, and in a
+-- session what its last whole turn left, '' if nothing, unless that is large: then the worker asks for it. Ids whose job is
+-- gone, has ended or must not start any more are dropped on the way. Of a job that was given up the list has {job id, 0}.
 
 local worker, now = ARGV[2], now_ms()
 local lease_end = redis.call('ZSCORE', workers, worker)
@@ -40,6 +41,8 @@ local function is_wanted(id, job)
   return false
 end
 
+local LARGE_STATE_BYTES = 65536 -- a claim may be of many jobs
+
 local claimed, ids, out_of_memory = {}, {}, false
 local most, ttl_ms, enough_ms = tonumber(ARGV[3]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local started, deadline = int(now), int(now + tonumber(ARGV[4]))
@@ -49,7 +52,7 @@ for i = 1, math.min(2 * most, #waiting), 2 do
   if tonumber(waiting[i + 1]) > now then break end
   local record, stream = job_key(id), stream_key(id)
   local job = redis.call('HMGET', record, 'status', 'attempt', 'opened', 'accepted_ms', 'waiters', 'unheard_ms',
-                         'deadline_ms', 'tenant', 'kind', 'store', 'model', 'traceparent', 'tracestate')
+                         'deadline_ms', 'tenant', 'kind', 'store', 'model', 'traceparent', 'tracestate', 'session')
   if job[1] ~= 'queued' or tonumber(job[7]) <= now then -- past its deadline it is the sweep's
     redis.call('ZREM', KEYS[1], id)
   elseif is_wanted(id, job) then
@@ -78,8 +81,13 @@ for i = 1, math.min(2 * most, #waiting), 2 do
       end
     end
     ids[#ids + 1] = id
-    claimed[#claimed + 1] = {id, attempt, started, job[4], job[12], job[13],
-                             unpack(redis.call('MGET', request, arq_job))}
+    local given = redis.call('MGET', request, arq_job)
+    local row = {id, attempt, started, job[4], job[12], job[13], given[1], given[2]}
+    if job[14] and job[14] ~= '' then
+      local state = session_key(job[14])
+      if redis.call('STRLEN', state) < LARGE_STATE_BYTES then row[9] = redis.call('GET', state) or '' end
+    end
+    claimed[#claimed + 1] = row
   end
 end
 if #ids > 0 then

@@ -739,6 +739,17 @@ async def test_a_turn_is_given_what_the_last_whole_one_left(make_store: MakeStor
     assert await state_given(store, session="api:other") is None
 
 
+async def test_a_claim_brings_the_state_along_unless_it_is_large(make_store: MakeStore) -> None:
+    store = make_store(session_ttl_s=60)
+    brought = []
+    for left in (b"\x00 one \xff", b"x" * 65_535, b"y" * 65_536, b"two"):
+        attempt = await running(store, session="api:s")
+        brought.append(attempt.claim.session_state)
+        await attempt.finish_ok(left)
+    assert brought == [b"", b"\x00 one \xff", b"x" * 65_535, None]
+    assert (await running(store)).claim.session_state is None, "it has no session"
+
+
 async def test_a_turn_that_leaves_no_state_changes_none(make_store: MakeStore) -> None:
     store = make_store(session_ttl_s=60)
     await (await running(store, session="api:s")).finish_ok(b"one")

@@ -11,10 +11,12 @@ import pytest
 
 from tests.deployment import Deployment, deployed, script
 
+MAX_BYTES = 70_000  # more than a claim brings along
+
 
 @pytest.fixture(scope="module")
 def remembering(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Deployment]:
-    settings: dict[str, Any] = {"session_ttl_s": 60, "max_session_bytes": 1024, "max_jobs": 1}
+    settings: dict[str, Any] = {"session_ttl_s": 60, "max_session_bytes": MAX_BYTES, "max_jobs": 1}
     folder, prefix = tmp_path_factory.mktemp("service"), f"test-{secrets.token_hex(4)}"
     with deployed(folder, redis_url, prefix, workers=2, **settings) as deployment:
         yield deployment
@@ -38,12 +40,12 @@ def test_every_turn_gets_what_the_one_before_left_whichever_worker_runs_it(remem
 
 
 def test_a_state_that_is_too_large_fails_the_turn_and_is_not_kept(remembering: Deployment) -> None:
-    turn(remembering, "growing", leaves="x" * 1024)
+    turn(remembering, "growing", leaves="x" * MAX_BYTES)
     with pytest.raises(openai.APIStatusError) as refusal:
-        turn(remembering, "growing", leaves="y" * 1025)
+        turn(remembering, "growing", leaves="y" * (MAX_BYTES + 1))
     assert (refusal.value.status_code, refusal.value.code) == (500, "agent_error")
     assert "too large" in refusal.value.message
-    assert turn(remembering, "growing", recalls=True) == "x" * 1024
+    assert turn(remembering, "growing", recalls=True) == "x" * MAX_BYTES
 
 
 def test_without_a_session_nothing_is_kept(remembering: Deployment) -> None:

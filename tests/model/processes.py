@@ -41,7 +41,7 @@ class Run(NamedTuple):
     """An attempt in the hands of its worker."""
 
     attempt: int
-    phase: str  # "begin" in a session, then "flush", "ask", and perhaps "end" and "release"
+    phase: str  # "begin" in a session whose state has to be asked for, then "flush", "ask", perhaps "end" and "release"
     batch: int = 0
     landed: int = 0  # entries that Redis is known to have
     sent: int = 0  # commands of the flush that have been executed
@@ -50,6 +50,7 @@ class Run(NamedTuple):
     ending: str = "ok"  # how the agent ends
     state: str | None = None  # the session state as it began
     next_attempt: int = 0  # that the same worker has claimed meanwhile
+    next_state: str | None = None  # which that claim has brought
 
 
 class Worker(NamedTuple):
@@ -191,8 +192,9 @@ class Processes:
             command = self._commands.claim(name, len(self._jobs) + 1)  # a slot is free in any case
             then, claims = self._sent(redis, command)
             started = worker
-            for job, attempt, *_ in claims:
-                started = self._starts(name, started, self._jobs.index(job.decode()), int(attempt))
+            for job, attempt, *rest in claims:
+                state = rest[6].decode() if len(rest) > 6 else None
+                started = self._starts(name, started, self._jobs.index(job.decode()), int(attempt), state)
             yield "claims", then, started
             if worker.cuts and not worker.stragglers:
                 cut = worker._replace(cuts=worker.cuts - 1, stragglers=(command,), must_reconcile=True)
@@ -211,15 +213,28 @@ class Processes:
             worker = self._starts(name, worker, number, attempt, is_running=status is Status.RUNNING)
         return f"looks at {job}, which it holds", redis, worker
 
-    def _starts(self, name: str, worker: Worker, number: int, attempt: int, *, is_running: bool = True) -> Worker:
-        """An earlier attempt of the job on this worker is stopped and released first."""
+    def _starts(
+        self,
+        name: str,
+        worker: Worker,
+        number: int,
+        attempt: int,
+        state: str | None = None,
+        *,
+        is_running: bool = True,
+    ) -> Worker:
+        """An earlier attempt of the job on this worker is stopped and released first.
+
+        `state`: the session's, if the claim has brought it.
+        """
         earlier = worker.runs[number]
         if earlier is None:
-            return _with_run(worker, number, self._begun(number, attempt) if is_running else Run(attempt, "release"))
+            begun = self._begun(number, attempt, state) if is_running else Run(attempt, "release")
+            return _with_run(worker, number, begun)
         if not is_running:
             return worker
         on_their_way = self._pipeline(name, number, earlier)[earlier.sent :] if earlier.sent else []
-        return _stopped(worker, number, earlier._replace(next_attempt=attempt), on_their_way)
+        return _stopped(worker, number, earlier._replace(next_attempt=attempt, next_state=state), on_their_way)
 
     # -- a run
 
@@ -344,12 +359,14 @@ class Processes:
 
     # --
 
-    def _begun(self, number: int, attempt: int) -> Run:
-        return Run(attempt, "begin" if self.size.sessions[number] else "flush")
+    def _begun(self, number: int, attempt: int, state: str | None) -> Run:
+        must_ask = bool(self.size.sessions[number]) and state is None
+        return Run(attempt, "begin" if must_ask else "flush", state=state)
 
     def _without(self, worker: Worker, number: int, run: Run) -> Worker:
         """The run is over; what the worker has claimed meanwhile begins."""
-        return _with_run(worker, number, self._begun(number, run.next_attempt) if run.next_attempt else None)
+        next_run = self._begun(number, run.next_attempt, run.next_state) if run.next_attempt else None
+        return _with_run(worker, number, next_run)
 
     def _view(self, redis: int) -> View:
         return self._server.views[redis]
