@@ -74,6 +74,11 @@ def test_the_plan_of_a_load_is_the_same_for_every_system() -> None:
     assert load.offered_tokens_per_s == pytest.approx(20 * 3 * 100 / load.ideal_s)
 
 
+def test_a_burst_comes_as_a_whole_and_when_it_is_to_come() -> None:
+    burst = Load(users=20, tokens=100, interval_ms=0, begins_s=2, ramp_s=0)
+    assert burst.pauses_s == [[2]] * 20
+
+
 def test_a_spread_of_nothing_is_nothing() -> None:
     assert spread([]) is None
     measured = spread(number * 1_000_000 for number in range(100))
