@@ -49,7 +49,7 @@ class Load:
     tokens: int  # of each stream
     interval_ms: float  # between the tokens of a stream; 0: as fast as they are taken
     rounds: int = 1  # streams of each user, one after another
-    begins_s: float = 0  # after the other loads
+    begins_s: float = 0  # before the first user begins
     ramp_s: float | None = None  # over which the users begin; None: the length of a stream; 0: all at once
     think_s: float = 1.0  # the longest pause of a user between two streams
     words: str = ""  # more words for the script (tests/upstream.py)

@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 from shared import tracing
 from shared.files import FileStore
 from shared.store import JobStore
+from shared.wire import Wire
 from tests.jobs import a_submission, a_worker, nobody_listens, running, submitted
 from worker.agents.contract import Outcome, Turn, Voice
 from worker.publisher import Publisher
@@ -54,13 +55,20 @@ class TestAgent:
 
 async def run_once(store: JobStore, agent: TestAgent) -> str:
     """A job, from its submission to its release; its id."""
-    with tracing.tracer.start_as_current_span("request"):
-        accepted = await store.submit(a_submission())
-    worker = await a_worker(store)
-    (claim,) = await store.claim(worker.id, 1)
+    (job_id,) = await run_some(store, agent, jobs=1)
+    return job_id
+
+
+async def run_some(store: JobStore, agent: TestAgent, *, jobs: int) -> list[str]:
+    """Jobs of one worker, one after another."""
+    worker, job_ids = await a_worker(store), []
     async with Publisher(store, worker.id) as publisher:
-        await Run(claim, agent, store, FileStore(store.redis, store.settings), publisher, worker.id).execute()
-    return accepted.job_id
+        for _ in range(jobs):
+            with tracing.tracer.start_as_current_span("request"):
+                job_ids.append((await store.submit(a_submission())).job_id)
+            (claim,) = await store.claim(worker.id, 1)
+            await Run(claim, agent, store, FileStore(store.redis, store.settings), publisher, worker.id).execute()
+    return job_ids
 
 
 async def test_what_the_agent_asks_is_a_child_of_its_span(store: JobStore, spans: InMemorySpanExporter) -> None:
@@ -87,6 +95,29 @@ async def test_the_lines_of_an_agent_carry_job_and_attempt(store: JobStore, span
     job_id = await run_once(store, agent)
     assert agent.context == {"job": job_id, "attempt": 1}
     assert structlog.contextvars.get_contextvars() == {}
+
+
+async def test_the_first_word_is_on_its_way_before_the_worker_tells_of_the_start(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    send = Wire._send
+
+    def noted(wire: Wire) -> None:
+        if any(b"XADD" in commands for commands in wire._unsent):
+            happened.append("first word written")
+        send(wire)
+
+    monkeypatch.setattr(Wire, "_send", noted)
+
+    def note(_logger: object, _method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        happened.append(line["event"])
+        raise structlog.DropEvent
+
+    monkeypatch.setattr("worker.run.log", structlog.wrap_logger(None, processors=[note]))
+    await run_some(store, TestAgent(store), jobs=2)
+    second = happened[happened.index("job_ended") + 1 :]  # the first one has opened the connection
+    assert second == ["first word written", "job_started", "job_ended"]
 
 
 async def test_an_attempt_that_is_fenced_is_counted_and_told(store: JobStore, spans: InMemorySpanExporter) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.deployment import Deployment, deployed, script
 
-MAX_BYTES = 70_000  # more than a claim brings along
+MAX_BYTES = 70_000  # of a state; more than a claim brings along
 
 
 @pytest.fixture(scope="module")
