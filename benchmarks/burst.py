@@ -19,10 +19,12 @@ from benchmarks.systems import SYSTEMS
 STEADY = Load(users=100, tokens=200, interval_ms=20, ramp_s=1)
 BURST = Load(users=100, tokens=500, interval_ms=0, begins_s=2, ramp_s=0, words="b=1")
 AGAINST = ("endmark", "seam", "bare seam", "naive arq")
+SHORT_AGAINST = ("endmark", "seam")
 
 
-def cases() -> list[Case]:
-    return [loaded(system, "burst", SYSTEMS[system], {"steady": STEADY, "burst": BURST}) for system in AGAINST]
+def cases(*, short: bool = False) -> list[Case]:
+    loads = {"steady": STEADY, "burst": BURST}
+    return [loaded(system, "burst", SYSTEMS[system], loads) for system in (SHORT_AGAINST if short else AGAINST)]
 
 
 @click.command(help=__doc__)

@@ -44,7 +44,7 @@ def main(rounds: int, idle_streams: int) -> None:
         "latency": latency.cases(short=True),
         "throughput": throughput.cases(short=True),
         "herd": herd.cases(),
-        "burst": burst.cases(),
+        "burst": burst.cases(short=True),
         "dispatch": dispatch.cases(short=True),
         "model_upstream": model_upstream.cases(short=True),
         "replicas": replicas.cases(),
