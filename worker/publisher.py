@@ -105,6 +105,8 @@ class AttemptLog:
         self._offsets_ms = array("I")  # when each entry was numbered, since then
         self._bytes_waiting = 0
         self.must_wait = False  # whether to wait for `flushed` before more is said
+        self.said_in_turn = 0  # how often it has said something since the event loop turned
+        self._spoke_in_turn = 0
         self._awaited: list[tuple[int, asyncio.Future[None]]] = []  # who waits until Redis has how many entries
 
     @property
@@ -116,8 +118,13 @@ class AttemptLog:
         """Says something. Raises AttemptLostError if the attempt may say no more."""
         if self.loss is not None or self._finished:
             raise AttemptLostError(self.loss or Loss.FINISHED)
+        publisher = self._publisher
         if not self._said:
-            self._publisher.notice(self)
+            publisher.notice(self)
+        if self._spoke_in_turn != publisher.turn:
+            self._spoke_in_turn, self.said_in_turn = publisher.turn, 0
+            publisher.count_turn()
+        self.said_in_turn += 1
         self._said.append((kind, payload))
         self._bytes_waiting += len(payload)
         if self._bytes_waiting > HIGH_WATER_BYTES:
@@ -314,6 +321,8 @@ class Publisher:
         self._rest: asyncio.TimerHandle | None = None  # until the first of them has rested
         self._rest_until = 0.0  # of time.monotonic
         self._wake = asyncio.Event()
+        self.turn = 1  # of the event loop; only those are counted in which somebody speaks
+        self._turn_is_counted = False
         self._task: asyncio.Task[None] | None = None
         self._script = store.script("finish")
         self._line = Line(store.redis)  # of its own: what is said waits for no other command
@@ -346,6 +355,16 @@ class Publisher:
     def opening_of(self, claim: Claim) -> Entry:
         """The entry that opens the attempt, as the claim has written it."""
         return Entry(EntryId(claim.attempt, 0), Kind.OPEN, self._worker_id.encode())
+
+    def count_turn(self) -> None:
+        """Somebody speaks in this turn of the event loop: another one begins when it has turned."""
+        if not self._turn_is_counted:
+            self._turn_is_counted = True
+            asyncio.get_running_loop().call_soon(self._begin_turn)
+
+    def _begin_turn(self) -> None:
+        self.turn += 1
+        self._turn_is_counted = False
 
     def notice(self, attempt: AttemptLog) -> None:
         """This attempt has something to send, as soon as it has rested."""

@@ -35,6 +35,7 @@ log = structlog.get_logger(__name__)
 
 _DELTA = Kind.DELTA  # looking a member up costs more than comparing it
 CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
+WORDS_IN_TURN = 4  # an agent that says more before the event loop turns lets the others go on first
 ABANDON_S = 10.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
 TRACEBACK_CHARACTERS = 16_000  # of an agent's failure, for operators: the end of it, where the error is
 
@@ -88,8 +89,11 @@ class StreamVoice:
         if fragment:
             self.said_text = True
             self._append(_DELTA, text_bytes(fragment))
-            if self._attempt.must_wait:  # as `_say`, without one more coroutine for each token
+            # As `_say`, without one more coroutine for each token.
+            if self._attempt.must_wait:
                 await self._flushed()
+            elif self._attempt.said_in_turn >= WORDS_IN_TURN:
+                await asyncio.sleep(0)
 
     async def reasoning(self, fragment: str) -> None:
         if fragment:
@@ -123,6 +127,8 @@ class StreamVoice:
         self._append(kind, payload)
         if self._attempt.must_wait:
             await self._flushed()
+        elif self._attempt.said_in_turn >= WORDS_IN_TURN:
+            await asyncio.sleep(0)
 
     def _append(self, kind: Kind, payload: bytes) -> None:
         now = self.last_said_at = self.last_word_at = time.monotonic()
