@@ -6,13 +6,18 @@ What it says is written in the user's message, in the words of tests/upstream.py
     [[mock k=1000 i=0 b=8]]    as fast as they are taken; the event loop turns after every 8
     [[mock k=0]]               nothing: an agent that has finished at once
 
-Every system that is measured runs this generator, in its own place.
+Every system that is measured runs this generator, in its own place. Where a model over HTTP is asked instead, Endmark
+has its own agent for that (`ENDMARK_AGENT=openai`), the others the one of `speaker`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Callable
+from functools import cache
+
+from openai import AsyncOpenAI
 
 from tests.upstream import Script, stamped_token
 from worker.agents.contract import Turn
@@ -35,3 +40,23 @@ async def agent(asked: str | Turn) -> AsyncIterator[str]:
         elif sequence % script.events_per_write == 0:
             await asyncio.sleep(0)
         yield stamped_token(sequence)
+
+
+def speaker() -> Callable[[str], AsyncIterator[str]]:
+    """Who answers a user's message: a model, if `OPENAI_BASE_URL` names one."""
+    return model if "OPENAI_BASE_URL" in os.environ else agent
+
+
+async def model(asked: str) -> AsyncIterator[str]:
+    """What a model says, through its SDK as the documentation of that shows it."""
+    stream = await _client().chat.completions.create(
+        model="mock", messages=[{"role": "user", "content": asked}], stream=True
+    )
+    async for chunk in stream:
+        if chunk.choices and (content := chunk.choices[0].delta.content):
+            yield content
+
+
+@cache
+def _client() -> AsyncOpenAI:
+    return AsyncOpenAI()

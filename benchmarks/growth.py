@@ -3,10 +3,11 @@
     open streams      1 to 5,000 of them, with the same tokens and the same jobs a second in all
     tokens a job      10 to 100,000, as fast as they are taken
     workers           1 to 8, 100 streams
-    API processes     1 to 4, 100 streams
+    API processes     1 to 4, 100 streams; of the seam: of its only kind
     jobs kept         finished jobs in Redis; the default stops at 10,000, since a million takes minutes and 5 GB
 
-Each figure is the CPU of all processes for a token; the first two also the memory of Redis for one.
+Each figure is the CPU of all processes for a token, and the memory of Redis for one. Beside the seam and the naive
+version, where they have what grows, as far as the naive one can follow.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import redis
 from benchmarks.dispatch import submit_many
 from benchmarks.load import Load
 from benchmarks.rounds import Case, Figures, conclude, in_loop, options, run_rounds, under_load
-from benchmarks.systems import PREFIX, Start, endmark
+from benchmarks.systems import PREFIX, SYSTEMS, Start, endmark, naive_arq, seam
 from shared.keys import Keys
 
 TOKENS_PER_S = 2000
@@ -45,18 +46,21 @@ def with_open_streams(count: int) -> Load:
     )
 
 
-def with_tokens_a_job(tokens: int) -> Load:
-    jobs = max(1, min(1000, FLAT_OUT_TOKENS // tokens))
+def with_tokens_a_job(tokens: int, total: int) -> Load:
+    jobs = max(1, min(1000, total // tokens))
     users = min(10, jobs)
     return Load(users=users, tokens=tokens, interval_ms=0, rounds=jobs // users, ramp_s=0.1, think_s=0.01, words="b=1")
 
 
 def _measure(start: Start, load: Load, folder: Path) -> Figures:
-    with start(folder) as serving, redis.Redis.from_url(serving.redis_url or "") as client:
-        before = _used_bytes(client)
-        measured = under_load(serving, {"streams": load})
-        tokens = measured.loads["streams"].tokens
-        return measured.to_json() | {"redis_bytes_per_token": round((_used_bytes(client) - before) / tokens, 1)}
+    with start(folder) as serving:
+        if serving.redis_url is None:
+            return under_load(serving, {"streams": load}).to_json()
+        with redis.Redis.from_url(serving.redis_url) as client:
+            before = _used_bytes(client)
+            measured = under_load(serving, {"streams": load})
+            tokens = measured.loads["streams"].tokens
+            return measured.to_json() | {"redis_bytes_per_token": round((_used_bytes(client) - before) / tokens, 1)}
 
 
 def _used_bytes(client: redis.Redis) -> int:
@@ -81,12 +85,25 @@ async def _until_drained(client: redis.Redis) -> None:
 
 
 def cases(kept: list[int]) -> list[Case]:
-    loads = [(f"{n} open streams", with_open_streams(n)) for n in OPEN_STREAMS]
-    loads += [(f"{n} tokens a job", with_tokens_a_job(n)) for n in TOKENS_A_JOB]
-    runs: list[tuple[str, Start, Load]] = [(name, endmark, load) for name, load in loads]
-    runs += [(f"{n} workers", partial(endmark, workers=n), PACED) for n in WORKERS]
-    runs += [(f"{n} API processes", partial(endmark, apis=n), PACED) for n in APIS]
-    measured = [Case(system="endmark", name=name, measure=partial(_measure, start, load)) for name, start, load in runs]
+    runs: list[tuple[str, str, Start, Load]] = []
+    for system in ("endmark", "seam", "naive arq"):
+        is_naive = system == "naive arq"
+        start, loads = SYSTEMS[system], [(f"{n} open streams", with_open_streams(n)) for n in OPEN_STREAMS]
+        for n in TOKENS_A_JOB:
+            total = FLAT_OUT_TOKENS // (10 if is_naive else 1)
+            loads += [(f"{n} tokens a job", with_tokens_a_job(n, total))] if n <= total else []
+        runs += [(system, name, start, load) for name, load in loads]
+    processes: list[tuple[str, str, Start]] = [
+        ("endmark", f"{n} workers", partial(endmark, workers=n)) for n in WORKERS
+    ]
+    processes += [("naive arq", f"{n} workers", partial(naive_arq, workers=n)) for n in WORKERS]
+    processes += [("endmark", f"{n} API processes", partial(endmark, apis=n)) for n in APIS]
+    processes += [("seam", f"{n} API processes", partial(seam, apis=n)) for n in APIS]
+    processes += [("naive arq", f"{n} API processes", partial(naive_arq, apis=n)) for n in APIS]
+    runs += [(*process, PACED) for process in processes]
+    measured = [
+        Case(system=system, name=name, measure=partial(_measure, start, load)) for system, name, start, load in runs
+    ]
     return measured + [Case(system="endmark", name=f"{n} jobs kept", measure=partial(_measure_kept, n)) for n in kept]
 
 

@@ -111,7 +111,7 @@ def _measure(start: Start, count: int, watch_s: float, folder: Path) -> Figures:
 
 def cases(count: int = STREAMS, *, short: bool = False) -> list[Case]:
     watch_s = 16.0 if short else WATCH_S  # at least one ping interval
-    names = ("endmark",) if short else ("endmark", "seam", "bare seam")
+    names = ("endmark",) if short else ("endmark", "seam", "bare seam", "naive arq")
     return [
         Case(system=name, name=f"{count} idle streams", measure=partial(_measure, SYSTEMS[name], count, watch_s))
         for name in names

@@ -25,14 +25,15 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from benchmarks.agent import agent
+from benchmarks.agent import speaker
 
+speak = speaker()
 REDIS_SETTINGS = RedisSettings.from_dsn(os.environ.get("ENDMARK_REDIS_URL", "redis://127.0.0.1:6379/0"))
 
 
 async def run_completion(ctx: dict[str, Any], stream: str, text: str) -> None:
     """The worker's side."""
-    async for token in agent(text):
+    async for token in speak(text):
         await ctx["redis"].xadd(stream, {"token": token})
     await ctx["redis"].xadd(stream, {"done": "1"})
 

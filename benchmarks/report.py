@@ -26,8 +26,18 @@ _REGION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTAL
 _MARKS = {True: "met", False: "**missed**", None: "–"}
 _BESIDE_BARE_SEAM = {True: "met", False: "missed", None: ""}
 _SYSTEMS = {"endmark": "Endmark"} | {name: name for name in OTHERS}
-# Which loads of which questions are told of, in this order.
-_LOADS = (("latency", "streams"), ("herd", "streams"), ("burst", "steady"), ("burst", "burst"), ("throughput", "flood"))
+# Which loads of which questions are told of, in this order, and how they are called.
+_LOADS = (
+    ("latency", "streams", "{case}"),
+    ("herd", "streams", "{case}"),
+    ("burst", "steady", "burst: steady"),
+    ("burst", "burst", "burst: burst"),
+    ("throughput", "flood", "{case}"),
+    ("model_upstream", "streams", "model, {case}"),
+    ("model_upstream", "flood", "model, {case}"),
+    ("model_upstream", "others", "model, {case}: others"),
+    ("replicas", "streams", "{case}"),
+)
 _COLOURS = {
     "endmark": "tab:blue",
     "seam": "tab:orange",
@@ -67,12 +77,12 @@ def goals(results: Results) -> str:
 def systems(results: Results) -> str:
     """Every load on every system."""
     rows = []
-    for question, load in _LOADS:
+    for question, load, told in _LOADS:
         for case in sorted({case for system in _SYSTEMS for case in results.cases(question, system)}, key=_by_number):
             for system, name in _SYSTEMS.items():
-                if results.runs(question, system, case):
-                    told = f"{case}: {load}" if question == "burst" else case
-                    rows.append((told, name, *_load_cells(results, question, system, case, load)))
+                if any(load in run["loads"] for run in results.runs(question, system, case)):
+                    cells = _load_cells(results, question, system, case, load)
+                    rows.append((told.format(case=case), name, *cells))
     headings = (
         "Load",
         "System",
@@ -116,25 +126,37 @@ def median_tokens(results: Results, question: str, system: str, case: str) -> fl
 
 def growth(results: Results) -> str:
     rows = []
-    for case in sorted(results.cases("growth", "endmark"), key=_by_kind):
+    for case in sorted({case for system in _SYSTEMS for case in results.cases("growth", system)}, key=_by_kind):
+        for system, name in _SYSTEMS.items():
+            if not results.runs("growth", system, case):
+                continue
 
-        def cell(path: str, form: str, case: str = case) -> str:
-            try:
-                return format(results.median("growth", "endmark", case, path), form)
-            except Missing:
-                return ""
+            def cell(path: str, form: str, system: str = system, case: str = case) -> str:
+                try:
+                    return format(results.median("growth", system, case, path), form)
+                except Missing:
+                    return ""
 
-        rows.append(
-            (
-                case,
-                cell("cpu_us_per_token", ".1f"),
-                cell("loads.streams.ttft_ms.p50", ".2f"),
-                cell("loads.streams.delay_ms.p50", ".2f"),
-                cell("redis_bytes_per_token", ".1f"),
-                cell("redis_bytes_per_job", ".0f"),
+            rows.append(
+                (
+                    case,
+                    name,
+                    cell("cpu_us_per_token", ".1f"),
+                    cell("loads.streams.ttft_ms.p50", ".2f"),
+                    cell("loads.streams.delay_ms.p50", ".2f"),
+                    cell("redis_bytes_per_token", ".1f"),
+                    cell("redis_bytes_per_job", ".0f"),
+                )
             )
-        )
-    headings = ("", "CPU, µs a token", "TTFT p50, ms", "delay p50, ms", "Redis, bytes a token", "Redis, bytes a job")
+    headings = (
+        "",
+        "System",
+        "CPU, µs a token",
+        "TTFT p50, ms",
+        "delay p50, ms",
+        "Redis, bytes a token",
+        "Redis, bytes a job",
+    )
     return table(headings, rows)
 
 
@@ -204,8 +226,8 @@ def draw(results: Results, folder: Path) -> None:
         }
         _plot(folder / f"{figure.removesuffix('_ms')}.svg", lines, title=title, x="streams", y="ms")
     for kind, name in ((" open streams", "open-streams"), (" tokens a job", "tokens-a-job")):
-        lines = {"Endmark": _over(results, "growth", "endmark", kind, "cpu_us_per_token")}
-        _plot(folder / f"{name}.svg", lines, title="CPU of all processes", x=kind.strip(), y="µs a token", scales="x")
+        lines = {told: _over(results, "growth", system, kind, "cpu_us_per_token") for system, told in _SYSTEMS.items()}
+        _plot(folder / f"{name}.svg", lines, title="CPU of all processes", x=kind.strip(), y="µs a token")
     jobs = {
         "Endmark": [
             (float(case.removeprefix("no-op, ").split()[0]), results.median("dispatch", "endmark", case, "jobs_per_s"))

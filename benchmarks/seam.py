@@ -19,7 +19,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from benchmarks.agent import agent
+from benchmarks.agent import speaker
+
+speak = speaker()
 
 
 async def create_completion(request: Request) -> Response:
@@ -38,7 +40,7 @@ async def create_completion(request: Request) -> Response:
         return b"data: " + orjson.dumps(head | {"choices": [choice]}) + b"\n\n"
 
     async def chunks() -> AsyncIterator[bytes]:
-        async for token in agent(body["messages"][-1]["content"]):
+        async for token in speak(body["messages"][-1]["content"]):
             yield chunk({"content": token})
         yield chunk({}, "stop")
         yield b"data: [DONE]\n\n"

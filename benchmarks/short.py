@@ -47,7 +47,7 @@ def main(rounds: int, idle_streams: int) -> None:
         "burst": burst.cases(short=True),
         "dispatch": dispatch.cases(short=True),
         "model_upstream": model_upstream.cases(short=True),
-        "replicas": replicas.cases(),
+        "replicas": replicas.cases(short=True),
         "idle_memory": idle_memory.cases(idle_streams, short=True),
     }
     with tempfile.TemporaryDirectory() as name:

@@ -133,35 +133,49 @@ def endmark(
 
 
 @contextmanager
-def _one_process(folder: Path, *, name: str, app: str) -> Iterator[Serving]:
-    """No queue."""
+def _in_process(
+    folder: Path, *, name: str, app: str, apis: int = 1, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    """Some processes without a queue."""
     with ExitStack() as stack:
-        processes, port = _Processes(stack, folder, {}), free_port()
-        server = processes.python("app", *_uvicorn(app, port), "--lifespan", "off")
-        base_url = f"http://127.0.0.1:{port}"
-        _wait_until_it_answers(base_url, server)
-        yield Serving(name=name, base_urls=(base_url,), processes={"app": (server.process.pid,)})
+        processes = _Processes(stack, folder, environment or {})
+        ports = [free_port() for _ in range(apis)]
+        served = [processes.python(f"app-{port}", *_uvicorn(app, port), "--lifespan", "off") for port in ports]
+        base_urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
+        for base_url, server in zip(base_urls, served, strict=True):
+            _wait_until_it_answers(base_url, server)
+        yield Serving(name=name, base_urls=base_urls, processes={"app": tuple(server.process.pid for server in served)})
 
 
-seam = partial(_one_process, name="seam", app="benchmarks.seam:app")
-bare_seam = partial(_one_process, name="bare seam", app="benchmarks.bare_seam:app")
+seam = partial(_in_process, name="seam", app="benchmarks.seam:app")
+bare_seam = partial(_in_process, name="bare seam", app="benchmarks.bare_seam:app")
 
 
 @contextmanager
-def naive_arq(folder: Path) -> Iterator[Serving]:
-    """One API process and one worker."""
+def naive_arq(
+    folder: Path, *, apis: int = 1, workers: int = 1, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    """Some API processes and some workers."""
     with ExitStack() as stack:
         redis_url, valkey_pid = stack.enter_context(valkey(folder / "valkey"))
-        processes, port = _Processes(stack, folder, {"ENDMARK_REDIS_URL": redis_url}), free_port()
-        api = processes.python("api", *_uvicorn("benchmarks.naive_arq:app", port))
-        worker = processes.arq("worker", "benchmarks.naive_arq.WorkerSettings")
-        base_url = f"http://127.0.0.1:{port}"
-        _wait_until_it_answers(f"{base_url}/health", api)
-        httpx.post(f"{base_url}/v1/chat/completions", json=ONE_TOKEN, timeout=START_TIMEOUT_S).raise_for_status()
+        processes = _Processes(stack, folder, {"ENDMARK_REDIS_URL": redis_url} | dict(environment or {}))
+        ports = [free_port() for _ in range(apis)]
+        served = [processes.python(f"api-{port}", *_uvicorn("benchmarks.naive_arq:app", port)) for port in ports]
+        executing = [processes.arq(f"worker-{n}", "benchmarks.naive_arq.WorkerSettings") for n in range(workers)]
+        base_urls = tuple(f"http://127.0.0.1:{port}" for port in ports)
+        for base_url, api in zip(base_urls, served, strict=True):
+            _wait_until_it_answers(f"{base_url}/health", api)
+            httpx.post(f"{base_url}/v1/chat/completions", json=ONE_TOKEN, timeout=START_TIMEOUT_S).raise_for_status()
+        for worker in executing:
+            worker.wait_for_output("Starting worker", timeout=START_TIMEOUT_S)
         yield Serving(
             name="naive arq",
-            base_urls=(base_url,),
-            processes={"api": (api.process.pid,), "worker": (worker.process.pid,), "valkey": (valkey_pid,)},
+            base_urls=base_urls,
+            processes={
+                "api": tuple(api.process.pid for api in served),
+                "worker": tuple(worker.process.pid for worker in executing),
+                "valkey": (valkey_pid,),
+            },
             redis_url=redis_url,
         )
 

@@ -2,9 +2,10 @@
 
     flat out        50 streams whose agent speaks as fast as it can; others begin beside them and want their tokens
     flat out by 8   the same, with an event loop that turns after every eighth token only
+    short answers   50 users who ask for one token, again and again: answers a second
     API alone       one API process; the entries come from a publisher without an agent, one token each
 
-The first two against the seams and the naive version.
+All but the last against the seams and the naive version, as far as that can follow.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tests.waiting import wait_until
 
 FLOOD = Load(users=50, tokens=10_000, interval_ms=0, ramp_s=0.1, words="b=1")
 OTHERS = Load(users=4, tokens=3, interval_ms=10, rounds=20, ramp_s=0.5, think_s=0.15)
+ANSWERS = Load(users=50, tokens=1, interval_ms=0, rounds=100, ramp_s=0.1, think_s=0)
 FED = Load(users=50, tokens=10_000, interval_ms=0, ramp_s=0.1)
 FED_AT_ONCE = (10, 1)
 
@@ -64,6 +66,12 @@ def cases(*, short: bool = False) -> list[Case]:
     if not short:
         runs += [(system, "flat out by 8", SYSTEMS[system], by_8) for system in ("endmark", "seam", "bare seam")]
     flooded = [loaded(system, name, start, {"flood": load, "others": OTHERS}) for system, name, start, load in runs]
+    if not short:
+        few = replace(ANSWERS, rounds=ANSWERS.rounds // 10)  # what the naive version can follow
+        flooded += [
+            loaded(system, "short answers", start, {"flood": few if system == "naive arq" else ANSWERS})
+            for system, start in SYSTEMS.items()
+        ]
     return flooded + [
         loaded("endmark API", f"{at_once} at once", partial(fed_api, at_once=at_once), {"streams": fed})
         for at_once in (FED_AT_ONCE[:1] if short else FED_AT_ONCE)
