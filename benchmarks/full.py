@@ -18,6 +18,7 @@ QUESTIONS = {  # with how many rounds for one round of the whole
     "burst": 1,
     "dispatch": 1,
     "model_upstream": 1,
+    "nanobot_serve": 1,
     "replicas": 1,
 }
 ONCE = ("idle_memory", "growth")  # long, and steady enough

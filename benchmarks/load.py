@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
+from uuid import uuid4
 
 import orjson
 
@@ -53,6 +54,7 @@ class Load:
     ramp_s: float | None = None  # over which the users begin; None: the length of a stream; 0: all at once
     think_s: float = 1.0  # the longest pause of a user between two streams
     words: str = ""  # more words for the script (tests/upstream.py)
+    in_sessions: bool = False  # each stream is the one turn of a session of its own
 
     @property
     def stream_s(self) -> float:
@@ -84,10 +86,15 @@ class Load:
         return self.users * self.rounds * self.tokens / self.ideal_s if self.interval_ms else None
 
     def request(self, host: str) -> bytes:
-        """A whole conversation, as of a client that keeps the history itself."""
+        """A whole conversation, as of a client that keeps the history itself; or the first message of a session."""
         script = f"[[mock k={self.tokens} i={self.interval_ms:g} {self.words}]] go"
-        messages = [{"role": "system", "content": "You count."}, {"role": "user", "content": script}]
-        return encode_request(host, PATH, orjson.dumps({"model": "endmark", "stream": True, "messages": messages}))
+        question = {"role": "user", "content": script}
+        body: dict[str, Any] = {"stream": True}
+        if self.in_sessions:
+            body |= {"messages": [question], "session_id": uuid4().hex}
+        else:
+            body |= {"model": "endmark", "messages": [{"role": "system", "content": "You count."}, question]}
+        return encode_request(host, PATH, orjson.dumps(body))
 
 
 class Stream:

@@ -34,16 +34,23 @@ START: dict[str, Callable[..., AbstractContextManager[Serving]]] = {
 
 
 @contextmanager
-def behind_a_model(system: str, folder: Path) -> Iterator[Serving]:
-    """A system whose agent asks the scripted model."""
+def scripted_model(folder: Path) -> Iterator[tuple[str, int]]:
+    """As a process of its own: its base URL and its process id."""
     port = free_port()
     (folder / "model").mkdir()
     command = [sys.executable, "-m", "tests.upstream", "--port", str(port)]
     with running(command, folder=folder / "model") as model:
         model.wait_for_output("scripted model on")
-        environment = {"OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1", "OPENAI_API_KEY": "not-needed"}
+        yield f"http://127.0.0.1:{port}/v1", model.process.pid
+
+
+@contextmanager
+def behind_a_model(system: str, folder: Path) -> Iterator[Serving]:
+    """A system whose agent asks the scripted model."""
+    with scripted_model(folder) as (base_url, model_pid):
+        environment = {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "not-needed"}
         with START[system](folder, environment=environment) as serving:
-            yield replace(serving, tools=(model.process.pid,))
+            yield replace(serving, tools=(model_pid,))
 
 
 def cases(*, short: bool = False) -> list[Case]:

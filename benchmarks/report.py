@@ -38,6 +38,16 @@ _LOADS = (
     ("model_upstream", "others", "model, {case}: others"),
     ("replicas", "streams", "{case}"),
 )
+_LOAD_HEADINGS = (
+    "Load",
+    "System",
+    "ok",
+    "TTFT p50 / p99, ms",
+    "delay p50 / p99, ms",
+    "tokens/s",
+    "CPU, µs a token",
+    "of it",
+)
 _COLOURS = {
     "endmark": "tab:blue",
     "seam": "tab:orange",
@@ -83,17 +93,21 @@ def systems(results: Results) -> str:
                 if any(load in run["loads"] for run in results.runs(question, system, case)):
                     cells = _load_cells(results, question, system, case, load)
                     rows.append((told.format(case=case), name, *cells))
-    headings = (
-        "Load",
-        "System",
-        "ok",
-        "TTFT p50 / p99, ms",
-        "delay p50 / p99, ms",
-        "tokens/s",
-        "CPU, µs a token",
-        "of it",
-    )
-    return table(headings, rows)
+    return table(_LOAD_HEADINGS, rows)
+
+
+def nanobot(results: Results) -> str:
+    """The same nanobot behind Endmark and behind its own server."""
+    names = {"endmark": "Endmark", "endmark, 2 workers": "Endmark, 2 workers", "nanobot serve": "`nanobot serve`"}
+    rows = [
+        (case, name, *_load_cells(results, "nanobot_serve", system, case, "streams"))
+        for case in sorted(
+            {case for system in names for case in results.cases("nanobot_serve", system)}, key=_by_number
+        )
+        for system, name in names.items()
+        if results.runs("nanobot_serve", system, case)
+    ]
+    return table(_LOAD_HEADINGS, rows)
 
 
 def _load_cells(results: Results, question: str, system: str, case: str, load: str) -> tuple[str, ...]:
@@ -200,6 +214,7 @@ def _foreign_cores(run: dict[str, Any]) -> float | None:
 REGIONS: dict[str, Callable[[Results], str]] = {
     "goals": goals,
     "systems": systems,
+    "nanobot": nanobot,
     "growth": growth,
     "machine": machine,
 }

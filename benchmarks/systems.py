@@ -6,6 +6,8 @@
     bare relay   API, Redis and worker with nothing but the way of a token (benchmarks/bare_relay.py), on that server
     naive arq    the first version that anyone writes with arq (benchmarks/naive_arq.py), on the same server
 
+and, for benchmarks/nanobot_serve.py alone, `nanobot serve`, the server that nanobot brings along.
+
 Endmark runs with its default settings, but for `ENDMARK_MAX_JOBS`: the others have no limit of their own either.
 """
 
@@ -198,6 +200,20 @@ def bare_relay(folder: Path) -> Iterator[Serving]:
             processes={"api": (api.process.pid,), "worker": (worker.process.pid,), "valkey": (valkey_pid,)},
             redis_url=redis_url,
         )
+
+
+@contextmanager
+def nanobot_serve(folder: Path, *, environment: Mapping[str, str]) -> Iterator[Serving]:
+    """One process, with the configuration that `NANOBOT_CONFIG` names."""
+    with ExitStack() as stack:
+        processes, port = _Processes(stack, folder, {}), free_port()
+        command = str(Path(sys.executable).parent / "nanobot")
+        server = processes.start(
+            "app", command, "serve", "--port", str(port), "--config", environment["NANOBOT_CONFIG"]
+        )
+        base_url = f"http://127.0.0.1:{port}"
+        _wait_until_it_answers(f"{base_url}/health", server)
+        yield Serving(name="nanobot serve", base_urls=(base_url,), processes={"app": (server.process.pid,)})
 
 
 SYSTEMS: Mapping[str, Start] = {
