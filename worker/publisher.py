@@ -121,10 +121,12 @@ class AttemptLog:
         publisher = self._publisher
         if not self._said:
             publisher.notice(self)
-        if self._spoke_in_turn != publisher.turn:
-            self._spoke_in_turn, self.said_in_turn = publisher.turn, 0
-            publisher.count_turn()
-        self.said_in_turn += 1
+        if self._spoke_in_turn == publisher.turn:
+            self.said_in_turn += 1
+        else:
+            self._spoke_in_turn, self.said_in_turn = publisher.turn, 1
+            if not publisher.is_turn_counted:
+                publisher.count_turn()
         self._said.append((kind, payload))
         self._bytes_waiting += len(payload)
         if self._bytes_waiting > HIGH_WATER_BYTES:
@@ -322,7 +324,7 @@ class Publisher:
         self._rest_until = 0.0  # of time.monotonic
         self._wake = asyncio.Event()
         self.turn = 1  # of the event loop; only those are counted in which somebody speaks
-        self._turn_is_counted = False
+        self.is_turn_counted = False  # whether the number will change when the loop turns
         self._task: asyncio.Task[None] | None = None
         self._script = store.script("finish")
         self._line = Line(store.redis)  # of its own: what is said waits for no other command
@@ -358,13 +360,12 @@ class Publisher:
 
     def count_turn(self) -> None:
         """Somebody speaks in this turn of the event loop: another one begins when it has turned."""
-        if not self._turn_is_counted:
-            self._turn_is_counted = True
-            asyncio.get_running_loop().call_soon(self._begin_turn)
+        self.is_turn_counted = True
+        asyncio.get_running_loop().call_soon(self._begin_turn)
 
     def _begin_turn(self) -> None:
         self.turn += 1
-        self._turn_is_counted = False
+        self.is_turn_counted = False
 
     def notice(self, attempt: AttemptLog) -> None:
         """This attempt has something to send, as soon as it has rested."""
