@@ -39,8 +39,8 @@ BATCH = 5000  # jobs that wait at a time, less than the limit of unfinished jobs
 DRAIN_S = 120
 
 
-def with_open_streams(count: int) -> Load:
-    rounds = max(1, TOTAL_TOKENS // (STREAM_TOKENS * count))
+def with_open_streams(count: int, total: int) -> Load:
+    rounds = max(1, total // (STREAM_TOKENS * count))
     return Load(
         users=count, tokens=STREAM_TOKENS, interval_ms=count * 1000 / TOKENS_PER_S, rounds=rounds, think_s=0.001
     )
@@ -88,11 +88,10 @@ def cases(kept: list[int]) -> list[Case]:
     runs: list[tuple[str, str, Start, Load]] = []
     for system in ("endmark", "seam", "naive arq"):
         is_naive = system == "naive arq"
-        start, loads = SYSTEMS[system], [(f"{n} open streams", with_open_streams(n)) for n in OPEN_STREAMS]
-        for n in TOKENS_A_JOB:
-            total = FLAT_OUT_TOKENS // (10 if is_naive else 1)
-            loads += [(f"{n} tokens a job", with_tokens_a_job(n, total))] if n <= total else []
-        runs += [(system, name, start, load) for name, load in loads]
+        total, flat_out = TOTAL_TOKENS // (40 if is_naive else 1), FLAT_OUT_TOKENS // (10 if is_naive else 1)
+        loads = [(f"{n} open streams", with_open_streams(n, total)) for n in OPEN_STREAMS]
+        loads += [(f"{n} tokens a job", with_tokens_a_job(n, flat_out)) for n in TOKENS_A_JOB if n <= flat_out]
+        runs += [(system, name, SYSTEMS[system], load) for name, load in loads]
     processes: list[tuple[str, str, Start]] = [
         ("endmark", f"{n} workers", partial(endmark, workers=n)) for n in WORKERS
     ]
