@@ -33,7 +33,7 @@ from benchmarks.wire import Close, Connection, address_of, encode_request
 
 PATH = "/v1/chat/completions"
 SILENCE_S = 60.0  # without a byte for so long, a stream is given up
-WARM_UP_STREAMS = 3
+WARM_UP_STREAMS = 4  # for each API process, one after another: two workers get them in turn
 
 _STAMP = re.compile(rb"@(\d+)\.([0-9a-f]{6,16});")
 _FINISH_REASON = re.compile(rb'"finish_reason":\s*"(\w+)"')
@@ -213,10 +213,13 @@ class Measured:
 
 async def measure(serving: Serving, loads: Mapping[str, Load], *, most_s: float = 300) -> Measured:
     """Runs loads side by side until their streams have ended; after `most_s` what still runs is cut."""
+    warm_up = Load(users=1, tokens=5, interval_ms=1, in_sessions=any(load.in_sessions for load in loads.values()))
     for _ in range(WARM_UP_STREAMS):
         for base_url in serving.base_urls:
-            warm_up = Load(users=1, tokens=5, interval_ms=1)
-            await _run_stream(Stream(5), base_url, warm_up)
+            stream = Stream(warm_up.tokens)
+            await _run_stream(stream, base_url, warm_up)
+            if stream.outcome != "ok":
+                raise RuntimeError(f"a stream to warm it up: {stream.outcome}")
     streams: dict[str, list[Stream]] = {name: [] for name in loads}
     gc.collect()
     gc.disable()

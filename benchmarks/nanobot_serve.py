@@ -1,7 +1,7 @@
 """The same nanobot behind Endmark and behind its own server: `python -m benchmarks.nanobot_serve [--rounds 3]`.
 
-    1 stream       TTFT, one stream after another
-    100 streams    200 tokens at 20 ms each, all in two seconds
+    1 stream       10 tokens at 5 ms, one stream after another
+    100 streams    200 tokens at 20 ms each, begun within four seconds
     flat out       20 streams of a model that speaks as fast as it is read
 
 nanobot asks a scripted model (tests/upstream.py). Each stream is the first turn of a session of its own, since nanobot

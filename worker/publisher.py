@@ -105,8 +105,8 @@ class AttemptLog:
         self._offsets_ms = array("I")  # when each entry was numbered, since then
         self._bytes_waiting = 0
         self.must_wait = False  # whether to wait for `flushed` before more is said
-        self.said_in_turn = 0  # how often it has said something since the event loop turned
-        self._spoke_in_turn = 0
+        self.said_at_once = 0  # how often it has said something since the event loop turned
+        self._spoke_at = 0  # which turn of the loop that was
         self._awaited: list[tuple[int, asyncio.Future[None]]] = []  # who waits until Redis has how many entries
 
     @property
@@ -121,12 +121,12 @@ class AttemptLog:
         publisher = self._publisher
         if not self._said:
             publisher.notice(self)
-        if self._spoke_in_turn == publisher.turn:
-            self.said_in_turn += 1
+        if self._spoke_at == publisher.loop_turn:
+            self.said_at_once += 1
         else:
-            self._spoke_in_turn, self.said_in_turn = publisher.turn, 1
-            if not publisher.is_turn_counted:
-                publisher.count_turn()
+            self._spoke_at, self.said_at_once = publisher.loop_turn, 1
+            if not publisher.is_loop_turn_counted:
+                publisher.count_loop_turn()
         self._said.append((kind, payload))
         self._bytes_waiting += len(payload)
         if self._bytes_waiting > HIGH_WATER_BYTES:
@@ -323,8 +323,8 @@ class Publisher:
         self._rest: asyncio.TimerHandle | None = None  # until the first of them has rested
         self._rest_until = 0.0  # of time.monotonic
         self._wake = asyncio.Event()
-        self.turn = 1  # of the event loop; only those are counted in which somebody speaks
-        self.is_turn_counted = False  # whether the number will change when the loop turns
+        self.loop_turn = 1  # of the event loop; only those are counted in which somebody speaks
+        self.is_loop_turn_counted = False  # whether the number will change when the loop turns
         self._task: asyncio.Task[None] | None = None
         self._script = store.script("finish")
         self._line = Line(store.redis)  # of its own: what is said waits for no other command
@@ -358,14 +358,14 @@ class Publisher:
         """The entry that opens the attempt, as the claim has written it."""
         return Entry(EntryId(claim.attempt, 0), Kind.OPEN, self._worker_id.encode())
 
-    def count_turn(self) -> None:
+    def count_loop_turn(self) -> None:
         """Somebody speaks in this turn of the event loop: another one begins when it has turned."""
-        self.is_turn_counted = True
-        asyncio.get_running_loop().call_soon(self._begin_turn)
+        asyncio.get_running_loop().call_soon(self._begin_loop_turn)
+        self.is_loop_turn_counted = True
 
-    def _begin_turn(self) -> None:
-        self.turn += 1
-        self.is_turn_counted = False
+    def _begin_loop_turn(self) -> None:
+        self.loop_turn += 1
+        self.is_loop_turn_counted = False
 
     def notice(self, attempt: AttemptLog) -> None:
         """This attempt has something to send, as soon as it has rested."""

@@ -35,7 +35,7 @@ log = structlog.get_logger(__name__)
 
 _DELTA = Kind.DELTA  # looking a member up costs more than comparing it
 CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
-WORDS_IN_TURN = 4  # an agent that says more before the event loop turns lets the others go on first
+WORDS_AT_ONCE = 4  # an agent that has said so many before the event loop turns lets the others go on first
 ABANDON_S = 10.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
 TRACEBACK_CHARACTERS = 16_000  # of an agent's failure, for operators: the end of it, where the error is
 
@@ -92,7 +92,7 @@ class StreamVoice:
             # As `_say`, without one more coroutine for each token.
             if self._attempt.must_wait:
                 await self._flushed()
-            elif self._attempt.said_in_turn >= WORDS_IN_TURN:
+            elif self._attempt.said_at_once >= WORDS_AT_ONCE:
                 await asyncio.sleep(0)
 
     async def reasoning(self, fragment: str) -> None:
@@ -127,7 +127,7 @@ class StreamVoice:
         self._append(kind, payload)
         if self._attempt.must_wait:
             await self._flushed()
-        elif self._attempt.said_in_turn >= WORDS_IN_TURN:
+        elif self._attempt.said_at_once >= WORDS_AT_ONCE:
             await asyncio.sleep(0)
 
     def _append(self, kind: Kind, payload: bytes) -> None:

@@ -11,7 +11,7 @@ from shared.entries import Kind
 from shared.store import JobStore
 from tests.jobs import entries_of, running
 from worker.publisher import AttemptLog, Publisher
-from worker.run import WORDS_IN_TURN, StreamVoice
+from worker.run import WORDS_AT_ONCE, StreamVoice
 
 pytestmark = pytest.mark.parametrize("backend", ["valkey"], indirect=True)  # what is said goes over a wire
 
@@ -42,7 +42,7 @@ async def test_an_agent_that_never_waits_lets_the_others_go_on(
             await say(voice, "word ")
 
     await asyncio.gather(speak("a", attempts[0]), speak("b", attempts[1]))
-    assert max(map(len, "".join(said).split("b"))) == WORDS_IN_TURN
+    assert max(map(len, "".join(said).split("b"))) == WORDS_AT_ONCE
 
 
 async def test_a_few_words_at_once_are_one_entry(store: JobStore, attempts: tuple[AttemptLog, AttemptLog]) -> None:
@@ -50,11 +50,11 @@ async def test_a_few_words_at_once_are_one_entry(store: JobStore, attempts: tupl
     attempt, _ = attempts
     voice = voice_of(attempt)
     for _ in range(2):
-        for _ in range(WORDS_IN_TURN):
+        for _ in range(WORDS_AT_ONCE):
             await voice.text("word ")
         await attempt.flushed()
     entries = [entry.payload for entry in await entries_of(store, attempt.claim.job_id) if entry.kind is Kind.DELTA]
-    assert entries == [b"word " * WORDS_IN_TURN] * 2
+    assert entries == [b"word " * WORDS_AT_ONCE] * 2
 
 
 async def test_an_agent_that_waits_by_itself_is_held_up_by_nothing(attempts: tuple[AttemptLog, AttemptLog]) -> None:
