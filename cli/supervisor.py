@@ -4,7 +4,8 @@ Rule 1: every child has a session of its own: the terminal's Ctrl-C reaches the 
 Rule 2: the stages start one after the other and stop in the reverse order; the children of one stage go together.
 Rule 3: a child that dies before everything is ready ends the start, by name; after that it is restarted, with back-off.
 Rule 4: SIGINT, SIGTERM and SIGHUP stop in order; a second one kills at once.
-Rule 5: no child outlives the supervisor, not even when that is killed: `cli/guard.py` sees to it.
+Rule 5: no child outlives the supervisor, not even when that is killed: `cli/guard.py` sees to it. So a child's program
+        begins when the guard knows of it, and not at all if the supervisor is killed before.
 
     click.ClickException
     └── StartFailed    a child died, or did not get ready in time, while everything was starting (exit code 1)
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +38,9 @@ HEALTHY_AFTER_S = 30.0  # a child that lived this long starts its next life with
 _OUTPUT_PATIENCE_S = 1.0  # what a dead child's last output gets to arrive; its own children may hold the pipe open
 _SAME_SIGNAL_S = 0.3  # `uv run` and `timeout` pass a signal on that the terminal has sent to the whole group already
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# A shell that becomes the child's program once it is let through; at the end of its input it ends.
+_AT_THE_GATE = ("/bin/sh", "-c", 'read -r _ && exec "$@" < /dev/null', "sh")
 
 Ready = Callable[[], Awaitable[None]]
 """Returns once it is ready; raises `StartFailed` at its deadline."""
@@ -185,11 +190,15 @@ class Supervisor:
 
     async def _live_once(self, life: _Life) -> tuple[int, int]:
         """Run the child to its end and everything that it started with it; its process id and return code."""
+        if shutil.which(life.child.command[0]) is None:
+            raise FileNotFoundError(f"there is no program {life.child.command[0]}")
         output, child_output = os.pipe()
+        gate, gatekeeper = os.pipe()
         try:
             process = await asyncio.create_subprocess_exec(
+                *_AT_THE_GATE,
                 *life.child.command,
-                stdin=subprocess.DEVNULL,
+                stdin=gate,
                 stdout=child_output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **life.child.env},
@@ -198,11 +207,16 @@ class Supervisor:
             )
         except BaseException:
             os.close(output)
+            os.close(gatekeeper)
             raise
         finally:
             os.close(child_output)
+            os.close(gate)
         life.process = process
         self._tell_guard()
+        with suppress(BrokenPipeError):  # somebody has killed it at the gate
+            os.write(gatekeeper, b"\n")
+        os.close(gatekeeper)
         # A thread, because a terminal that does not read (Ctrl-S) must not hold up the supervisor, and because with a
         # pipe of asyncio's own, `wait` may wait for grandchildren that hold it open.
         relay = threading.Thread(target=self._relay_output, args=(life.child.name, output), daemon=True)

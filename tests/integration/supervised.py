@@ -2,11 +2,14 @@
 
 The folder tells what happens: `<name>.pids` gets a line for each life of a stand-in, `stopped` the names of the
 stand-ins in the order in which they stopped, `ready` appears when all is up. The embedded Valkey is the real one.
+`doomed`: the supervisor is killed when the worker has been forked and the guard does not know of it yet.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -50,7 +53,7 @@ def stand_in(folder: Path, name: str, behaviour: str = "polite") -> Child:
     )
 
 
-async def supervise(folder: Path, stages: list[list[Child]]) -> None:
+async def supervise(folder: Path, stages: list[list[Child]], behaviour: str) -> None:
     async def ready() -> None:
         await async_wait_until(
             lambda: all((folder / f"{name}.pids").exists() for name in ("worker", "api")),
@@ -59,6 +62,15 @@ async def supervise(folder: Path, stages: list[list[Child]]) -> None:
         )
         (folder / "ready").touch()
 
+    if behaviour == "doomed":
+        tell_guard = Supervisor._tell_guard
+
+        def die(supervisor: Supervisor) -> None:
+            if any(life.child.name == "worker" and life.process is not None for life in supervisor._stages[1]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            tell_guard(supervisor)
+
+        Supervisor._tell_guard = die  # type: ignore[method-assign]
     supervisor = Supervisor(stages, say=click.echo, relay=lambda name, line: click.echo(f"{name}: {line}"))
     await supervisor.run(ready)
 
@@ -69,7 +81,7 @@ async def supervise(folder: Path, stages: list[list[Child]]) -> None:
 def main(folder: Path, behaviour: str) -> None:
     with claim(folder / "valkey") as valkey:
         stages = [[valkey.child()], [stand_in(folder, "worker", behaviour)], [stand_in(folder, "api")]]
-        asyncio.run(supervise(folder, stages))
+        asyncio.run(supervise(folder, stages, behaviour))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -18,6 +19,12 @@ from cli.embedded import HOST
 from cli.supervisor import describe_exit
 from tests.processes import Running, is_running, running
 from tests.waiting import wait_until
+
+
+def processes_of(folder: Path) -> list[bytes]:
+    """The command lines that name this folder."""
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, check=True).stdout.splitlines()
+    return [line for line in lines if bytes(folder) in line]
 
 
 @contextmanager
@@ -112,6 +119,13 @@ def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
         tool = int((tmp_path / "worker.tool").read_text())
         os.kill(pids(tmp_path, "worker")[-1], signal.SIGKILL)
         wait_until(lambda: not is_running(tool), timeout=30, description="the tool of the dead worker gone")
+
+
+def test_a_child_that_the_guard_does_not_know_of_never_runs(tmp_path: Path) -> None:
+    with supervised(tmp_path, "doomed", until_ready=False) as supervisor:
+        assert supervisor.wait() == -signal.SIGKILL
+    wait_until(lambda: not processes_of(tmp_path), timeout=30, description="end of all that the supervisor has started")
+    assert pids(tmp_path, "worker") == []
 
 
 def test_a_child_that_does_not_stop_in_time_is_killed(tmp_path: Path) -> None:
