@@ -220,6 +220,7 @@ def test_a_keyboard_is_enough(service: Deployment, open_page: Open, tmp_path: Pa
         page.keyboard.press("Tab")
         expect(page.locator("#confirm-cancel summary")).to_be_focused()
         page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name="Cancel")).to_be_visible()  # nobody goes on before it is drawn
         page.keyboard.press("Tab")
         expect(page.get_by_role("button", name="Cancel")).to_be_focused()
         page.keyboard.press("Enter")
