@@ -65,10 +65,10 @@ async def supervise(folder: Path, stages: list[list[Child]], behaviour: str) -> 
     if behaviour == "doomed":
         tell_guard = Supervisor._tell_guard
 
-        def die(supervisor: Supervisor) -> None:
-            if any(life.child.name == "worker" and life.process is not None for life in supervisor._stages[1]):
+        def die(self: Supervisor) -> None:
+            if any(life.child.name == "worker" and life.process is not None for life in self._stages[1]):
                 os.kill(os.getpid(), signal.SIGKILL)
-            tell_guard(supervisor)
+            tell_guard(self)
 
         Supervisor._tell_guard = die  # type: ignore[method-assign]
     supervisor = Supervisor(stages, say=click.echo, relay=lambda name, line: click.echo(f"{name}: {line}"))
