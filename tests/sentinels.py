@@ -41,16 +41,23 @@ class SentinelCluster:
         self._sentinels: list[Any] = [redis.Redis(port=port, socket_timeout=5) for port in self.sentinel_ports]
 
     def __enter__(self) -> SentinelCluster:
+        try:
+            self._start()
+        except BaseException:  # or its processes outlive the test that has failed, and fail another one
+            self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
         self._folder.mkdir()
         for server in self.servers:
             self._stack.enter_context(server)
         replica = self.servers[1]
         replica.client.replicaof("127.0.0.1", str(self.primary.port))
-        wait_until(lambda: _is_in_sync(replica), timeout=20, description="a replica in sync")
+        wait_until(lambda: _is_in_sync(replica), timeout=60, description="a replica in sync")
         for port in self.sentinel_ports:
             self._start_sentinel(port, self.primary.port)
-        wait_until(self._is_ready, timeout=30, description="sentinels that know each other and the replica")
-        return self
+        wait_until(self._is_ready, timeout=90, description="sentinels that know each other and the replica")
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for client in self._sentinels:
