@@ -141,34 +141,8 @@ OTHERS: dict[str, tuple[Callable[[Path], AbstractContextManager[Serving]], str]]
 @click.option("--runs", default=20, show_default=True, help="Workers lost for each measurement.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Where the figures are written.")
 def main(runs: int, json_file: Path | None) -> None:
-    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "service").mkdir()
-        with (
-            ValkeyServer(port=free_port(), data_dir=folder / "valkey") as server,
-            deployed(folder / "service", f"redis://127.0.0.1:{server.port}/0", "bench", workers=2) as service,
-        ):
-            time.sleep(6)  # nobody sweeps within one lease of the start of a process
-            for what, measure in MEASUREMENTS.items():
-                taken: list[float] = []
-                for number in range(runs):
-                    scratch = folder / f"{len(figures)}-{number}"
-                    scratch.mkdir()
-                    taken.append(measure(service, scratch))
-                    replace(service)
-                figures[what] = summary(taken)
-                click.echo(f"{what}: {figures[what]['median_s']} s", err=True)
-        without_developer_settings()
-        for what, (start, role) in OTHERS.items():
-            noticed: list[float | None] = []
-            for number in range(max(1, runs // 5)):
-                scratch = folder / f"{len(figures)}-{number}"
-                scratch.mkdir()
-                noticed.append(until_noticed(start, role, scratch))
-            figures[what] = summary([seconds for seconds in noticed if seconds is not None])
-            figures[what]["not_told_s"] = PATIENCE_S if None in noticed else None
-            click.echo(f"{what}: {figures[what]}", err=True)
+        figures = measure_endmark(runs, Path(name)) | measure_others(runs_of_others(runs), Path(name))
     show(figures, runs)
     if json_file is not None:
         report = {
@@ -179,6 +153,47 @@ def main(runs: int, json_file: Path | None) -> None:
             "figures": figures,
         }
         json_file.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def measure_endmark(runs: int, folder: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    (folder / "service").mkdir()
+    with (
+        ValkeyServer(port=free_port(), data_dir=folder / "valkey") as server,
+        deployed(folder / "service", f"redis://127.0.0.1:{server.port}/0", "bench", workers=2) as service,
+    ):
+        time.sleep(6)  # nobody sweeps within one lease of the start of a process
+        for what, measure in MEASUREMENTS.items():
+            taken: list[float] = []
+            for number in range(runs):
+                taken.append(measure(service, scratch(folder, f"{what}-{number}")))
+                replace(service)
+            figures[what] = summary(taken)
+            click.echo(f"{what}: {figures[what]['median_s']} s", err=True)
+    return figures
+
+
+def measure_others(runs: int, folder: Path) -> dict[str, Any]:
+    without_developer_settings()
+    figures: dict[str, Any] = {}
+    for what, (start, role) in OTHERS.items():
+        noticed = [until_noticed(start, role, scratch(folder, f"{what}-{number}")) for number in range(runs)]
+        figures[what] = summary([seconds for seconds in noticed if seconds is not None])
+        figures[what]["not_told_s"] = PATIENCE_S if None in noticed else None
+        click.echo(f"{what}: {figures[what]['median_s'] or 'not told'}", err=True)
+    return figures
+
+
+def scratch(folder: Path, name: str) -> Path:
+    """A folder of its own for a run."""
+    made = folder / name.replace(":", "")
+    made.mkdir()
+    return made
+
+
+def runs_of_others(runs: int) -> int:
+    """Fewer: one of them takes PATIENCE_S each time."""
+    return max(1, runs // 5)
 
 
 def summary(taken: list[float]) -> dict[str, Any]:
@@ -193,7 +208,7 @@ def summary(taken: list[float]) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any], runs: int) -> None:
-    table = Table(title=f"{runs} lost workers each, a fifth of the others, in seconds")
+    table = Table(title=f"seconds; {runs} lost processes a line, {runs_of_others(runs)} for other systems")
     table.add_column("")
     for column in ("median", "least", "most"):
         table.add_column(column, justify="right")

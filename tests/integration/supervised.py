@@ -2,7 +2,9 @@
 
 The folder tells what happens: `<name>.pids` gets a line for each life of a stand-in, `stopped` the names of the
 stand-ins in the order in which they stopped, `ready` appears when all is up. The embedded Valkey is the real one.
-`doomed`: the supervisor is killed when the worker has been forked and the guard does not know of it yet.
+
+    missing    there is no program for the worker
+    doomed     the supervisor is killed when the worker has been forked and the guard does not know of it yet
 """
 
 from __future__ import annotations
@@ -46,9 +48,10 @@ while True:
 
 def stand_in(folder: Path, name: str, behaviour: str = "polite") -> Child:
     """A child that says hello and waits for SIGTERM."""
+    program = "no-such-program" if behaviour == "missing" else sys.executable
     return Child(
         name=name,
-        command=(sys.executable, "-u", "-c", STAND_IN, str(folder), name, behaviour),
+        command=(program, "-u", "-c", STAND_IN, str(folder), name, behaviour),
         stop_timeout_s=1.0 if behaviour == "stubborn" else 30.0,
     )
 

@@ -121,6 +121,12 @@ def test_what_a_child_started_ends_with_it(tmp_path: Path) -> None:
         wait_until(lambda: not is_running(tool), timeout=30, description="the tool of the dead worker gone")
 
 
+def test_a_program_that_is_missing_ends_the_start_by_name(tmp_path: Path) -> None:
+    with supervised(tmp_path, "missing", until_ready=False) as supervisor:
+        assert supervisor.wait() == 1
+        assert "worker cannot be started: there is no program no-such-program" in supervisor.output
+
+
 def test_a_child_that_the_guard_does_not_know_of_never_runs(tmp_path: Path) -> None:
     with supervised(tmp_path, "doomed", until_ready=False) as supervisor:
         assert supervisor.wait() == -signal.SIGKILL
