@@ -4,7 +4,8 @@ The message is plain text, which it answers with itself, or a JSON script:
 
     {"say": ["a", "b"]}                          says the fragments
     {"say": ["a"], "then": "raise"}              … then raises; also "hang", "exit", "die" (kill -9 of its worker),
-                                                 "stubborn" (ignores its cancellation for two seconds)
+                                                 "stubborn" (ignores its cancellation for two seconds),
+                                                 "forgetful" (ignores only the first one)
     {"waits_for": "/path"}                       says nothing before this file is there
     {"blocks_until": "/path"}                    … and keeps the event loop from turning until then
     {"signs": true}                              says first which attempt it is, and leaves that to the next turn
@@ -97,6 +98,10 @@ class ScriptedAgent:
                 sys.exit(3)
             case "stubborn":
                 await _ignore_cancellation(for_s=2)
+            case "forgetful":
+                with suppress(asyncio.CancelledError):
+                    await asyncio.Event().wait()
+                await asyncio.Event().wait()
 
     async def aclose(self) -> None:
         """Nothing is held."""

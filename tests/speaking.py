@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from worker.agents.contract import ToolStatus, Turn
+from worker.agents.contract import Outcome, ToolStatus, Turn
 
 
 def a_turn(question: Any = "Hello", **changes: Any) -> Turn:
@@ -20,6 +20,14 @@ def a_turn(question: Any = "Hello", **changes: Any) -> Turn:
         "model": "endmark",
     }
     return Turn(**(defaults | changes))
+
+
+async def cancel_until_done(turn: asyncio.Task[Outcome]) -> None:
+    """Cancels the turn as a worker does, which does it again to one that goes on."""
+    while not turn.done():
+        turn.cancel()
+        await asyncio.wait({turn}, timeout=1)
+    assert turn.cancelled()
 
 
 class RecordingVoice:

@@ -34,9 +34,12 @@ from worker.publisher import AttemptLog, AttemptLostError, Loss, Publisher
 log = structlog.get_logger(__name__)
 
 _DELTA = Kind.DELTA  # looking a member up costs more than comparing it
-CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
 WORDS_AT_ONCE = 4  # an agent that has said so many before the event loop turns lets the others go on first
-ABANDON_S = 10.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
+CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
+CANCEL_AGAIN_S = (
+    5.0  # after which it is cancelled again: `asyncio.wait_for` of Python 3.11 may have forgotten the first
+)
+ABANDON_S = 5.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
 TRACEBACK_CHARACTERS = 16_000  # of an agent's failure, for operators: the end of it, where the error is
 
 
@@ -315,6 +318,9 @@ class Run:
         """Waits for an unwanted agent a little longer; the slot and the session are its own until then."""
         if not agent_task.done():
             self._log.warning("agent_ignores_cancellation", agent=self._agent.name)
+            await asyncio.wait({agent_task}, timeout=CANCEL_AGAIN_S)
+        if not agent_task.done():
+            agent_task.cancel()
             await asyncio.wait({agent_task}, timeout=ABANDON_S)
         if not agent_task.done():
             self._log.error("agent_abandoned", agent=self._agent.name)

@@ -137,6 +137,17 @@ def test_a_turn_waits_for_an_agent_that_ignores_its_cancellation(impatient: Depl
     assert [note["what"] for note in notes(log)] == ["started", "finished"] * 2, "one at a time"
 
 
+def test_an_agent_that_forgets_its_cancellation_is_cancelled_again(impatient: Deployment, tmp_path: Path) -> None:
+    """As any that awaits `asyncio.wait_for` may, on Python 3.11: a cancellation that comes with the result is lost."""
+    log = tmp_path / "log"
+    session = {"session_id": "forgetful"}
+    _, error = stream_until_error(impatient, script(then="forgetful", log=str(log)), extra_body=session)
+    assert error.code == "timeout"
+    with impatient.client() as client:
+        client.chat.completions.create(model="endmark", messages=script(say=["a"], log=str(log)), extra_body=session)
+    assert [note["what"] for note in notes(log)] == ["started", "cancelled", "started", "finished"]
+
+
 def test_a_silent_stream_is_kept_alive(impatient: Deployment) -> None:
     messages = script(say=["a", "b"], every_s=0.8)
     with impatient.http() as http:
