@@ -21,7 +21,8 @@ from pydantic_core import ErrorDetails
 from shared.settings import Settings
 
 VARIABLE_PREFIX = "ENDMARK_"
-_SECRET_FIELDS = frozenset({"admin_keys", "api_keys", "redis_url"})  # a Redis URL may carry a password
+# No value of these is shown: a URL may carry a password, and whoever receives webhooks may know senders by it.
+_SECRET_FIELDS = frozenset({"admin_keys", "api_keys", "redis_url", "webhook_secret", "webhook_url"})
 
 
 class InvalidSettings(click.ClickException):

@@ -56,6 +56,22 @@ def test_a_wrong_setting_names_its_variable(command: str) -> None:
     assert "docs/settings.md" in completed.stderr
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ENDMARK_API_KEYS", "Not a tenant:hunter2"),
+        ("ENDMARK_REDIS_URL", "http://user:hunter2@127.0.0.1"),
+        ("ENDMARK_WEBHOOK_URL", "ftp://user:hunter2@127.0.0.1/"),
+        ("ENDMARK_WEBHOOK_SECRET", "whsec_hunter2"),
+    ],
+)
+def test_a_wrong_secret_is_not_shown(variable: str, value: str) -> None:
+    completed = endmark("api", **{variable: value})
+    assert completed.returncode == 2
+    assert f"{variable}: " in completed.stderr
+    assert "hunter2" not in completed.stdout + completed.stderr
+
+
 def test_a_host_beyond_loopback_needs_keys() -> None:
     completed = endmark("api", "--host", "0.0.0.0")
     assert completed.returncode == 2
