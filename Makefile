@@ -7,13 +7,16 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(OWN_UV))
 export UV_PROJECT_ENVIRONMENT := $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test chaos model check lint format bench bench-full clean
+.PHONY: help run install test chaos model check lint format bench bench-full clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/.run ## Valkey, the API and a worker; options: make run ARGS="--port 9000"
 	@exec $(BIN)/endmark dev $(ARGS)
+
+install: $(VENV)/.run ## what `make run` needs, and optional parts: make install EXTRA=nanobot (pydantic-ai, langgraph, otel)
+	$(UV) sync --frozen --no-dev --inexact $(addprefix --extra ,$(EXTRA))
 
 test: $(VENV)/.dev ## every test, two at a time; options: make test ARGS="-k supervisor"
 	$(BIN)/pytest -n 2 $(ARGS)

@@ -297,7 +297,7 @@ def _plot(path: Path, lines: dict[str, Points], *, title: str, x: str, y: str, s
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="Where the raw figures are.")
 def main(results: Path) -> None:
     if find_spec("matplotlib") is None:
-        raise click.ClickException("the plots need matplotlib: uv sync --inexact --group bench")
+        raise click.ClickException("the plots need matplotlib: make .venv/.bench")
     measured = Results.read(results)
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), measured), encoding="utf-8")
     draw(measured, PLOTS)

@@ -1,6 +1,6 @@
 """A LangGraph graph: one node that asks a chat model.
 
-    uv sync --no-dev --inexact --extra langgraph
+    make install EXTRA=langgraph
     ENDMARK_AGENT=examples.langgraph_agent:agent make run
 
 The model is a fake of LangChain's that needs no key. Put yours in its place, such as ChatOpenAI of langchain-openai.

@@ -1,6 +1,6 @@
 """A pydantic-ai agent with a tool.
 
-    uv sync --no-dev --inexact --extra pydantic-ai
+    make install EXTRA=pydantic-ai
     ENDMARK_AGENT=examples.pydantic_agent:agent make run
 
 EXAMPLE_MODEL names its model, such as openai:gpt-5-mini. Without it pydantic-ai's test model calls the tool once, with

@@ -109,7 +109,7 @@ def test_auto_passes_over_a_nanobot_that_cannot_run(nowhere: dict[str, str], con
 def test_a_missing_nanobot_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, nowhere: dict[str, str]) -> None:
     monkeypatch.setattr(load, "find_spec", lambda _name: None)
     assert choose_agent(Settings(), nowhere).name == "echo"
-    with pytest.raises(AgentLoadError, match="uv sync --extra nanobot"):
+    with pytest.raises(AgentLoadError, match="make install EXTRA=nanobot"):
         load_agent(Settings(agent="nanobot"), nowhere)
 
 

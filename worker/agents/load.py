@@ -25,7 +25,7 @@ from worker.agents.echo import EchoAgent
 from worker.agents.events import EventsAgent
 from worker.agents.process_direct import ProcessDirectAgent
 
-INSTALL_NANOBOT = "install it with: uv sync --extra nanobot"
+INSTALL_NANOBOT = "install the extra `nanobot`: `make install EXTRA=nanobot` in a checkout"
 
 
 class AgentLoadError(Exception):
