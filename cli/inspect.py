@@ -70,8 +70,15 @@ class Pair(click.ParamType[tuple[str, str]]):
 def talks_to_the_api(command: F) -> F:
     """Adds --url, --key and --json, and hands the command its client."""
 
-    @click.option("--url", envvar="ENDMARK_URL", help="The API; by default that of this machine's settings.")
-    @click.option("--key", envvar="ENDMARK_KEY", help="An API key or an admin key; by default this machine's first.")
+    @click.option(
+        "--url", envvar="ENDMARK_URL", show_envvar=True, help="The API; by default that of this machine's settings."
+    )
+    @click.option(
+        "--key",
+        envvar="ENDMARK_KEY",
+        show_envvar=True,
+        help="An API key or an admin key; by default this machine's first.",
+    )
     @click.option("--json", "as_json", is_flag=True, help="Print what the API says as JSON.")
     @wraps(command)  # first, since it takes over the options that the command has already
     def wrapped(url: str | None, key: str | None, *args: Any, **options: Any) -> Any:

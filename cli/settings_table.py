@@ -12,8 +12,9 @@ _HEAD = """\
 # Settings
 
 Every process reads these variables once, when it starts. Durations (`_S`) are seconds, sizes (`_BYTES`) are bytes.
-A wrong value ends the process with exit code 2 and a message that names the variable. `endmark dev`, `endmark api` and
-`endmark worker` take some as options, which win over the variables.
+A wrong value ends `endmark` with exit code 2 and a message that names the variable. `endmark dev`, `endmark api` and
+`endmark worker` take some as options, which win over the variables. [Commands](commands.md) has the variables of the
+commands that look into a running deployment.
 
 <!-- Made by `python -m cli.settings_table > docs/settings.md`; a test compares. -->
 
