@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with two limits that it lacks: on a request's head, and on stalled readers.
+"""uvicorn's HTTP protocol with what it lacks: limits on a request's head and on stalled readers, and no trailers.
 
 uvicorn closes a connection only when everything written to it was taken. A client that takes nothing would be kept,
 with its socket and what is buffered for it, for as long as it likes, even when its answer has long been complete.
@@ -25,6 +25,7 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 MAX_HEAD_BYTES = 512 * 1024  # request line and headers; one read of the socket may carry 256 KB of body behind them
+_IN_BODY = -(1 << 62)
 # What the kernel buffers for a client beyond what is on its way. By default it takes megabytes, and tells of room only
 # when a third of them is free: a slow client would look like a stalled one, and cost as much.
 UNSENT_BYTES = 128 * 1024
@@ -33,35 +34,56 @@ UNSENT_BYTES = 128 * 1024
 class LimitedHttpToolsProtocol(HttpToolsProtocol):
     """Refuses a request whose head does not end within MAX_HEAD_BYTES with a 400, and closes the connection.
 
+    The same for as many bytes in a chunked body that are none of its data: extensions of chunks, and trailers. Trailers
+    are dropped, as RFC 9110 allows: uvicorn would take them for headers, which a proxy in front of it has not seen.
+
     Cuts off a client that has taken nothing for `stall_timeout_s` although something waits for it.
     """
 
     # uvicorn's attributes are as many as fit into a small object; with one more, it would become a large one.
-    __slots__ = ("_gone", "_stall_watch", "_unfinished_head_bytes")
+    __slots__ = ("_framing_bytes", "_gone", "_stall_watch")
 
     stall_timeout_s = 60.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._unfinished_head_bytes = 0
+        self._framing_bytes = 0  # since the last of a body's data; counted from _IN_BODY in a body
         self._stall_watch: asyncio.TimerHandle | None = None
         self._gone: Callable[[], None] | None = None  # who is to be told that the client has gone away
 
-    # -- the head ------------------------------------------------------------------------------------------------------
+    # -- the head, and what is around the data of a body ---------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        self._unfinished_head_bytes += len(data)
+        self._framing_bytes += len(data)
         super().data_received(data)
-        if self._unfinished_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The request's headers are too large.")
+        if self._framing_bytes > MAX_HEAD_BYTES:
+            self._refuse("The request's headers are too large.")
+        elif 0 > self._framing_bytes > _IN_BODY + MAX_HEAD_BYTES:
+            self._refuse("The request's trailers or chunk extensions are too large.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._framing_bytes >= 0:  # else it is a trailer
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        self._unfinished_head_bytes = -(1 << 62)  # the body has limits of its own
+        self._framing_bytes = _IN_BODY
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._framing_bytes = _IN_BODY  # data has limits of its own
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._unfinished_head_bytes = 0
+        self._framing_bytes = 0
+
+    def _refuse(self, why: str) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self.send_400_response(why)
+        else:  # it would stand in the middle of the answer
+            self.transport.close()
 
     # -- clients that go away ------------------------------------------------------------------------------------------
 
