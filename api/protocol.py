@@ -80,10 +80,11 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     def _refuse(self, why: str) -> None:
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+        cycle = self.cycle  # None before the first request
+        if cycle is not None and cycle.response_started and not cycle.response_complete:  # type: ignore[redundant-expr]
+            self.transport.close()  # a 400 would stand in the middle of the answer
+        else:
             self.send_400_response(why)
-        else:  # it would stand in the middle of the answer
-            self.transport.close()
 
     # -- clients that go away ------------------------------------------------------------------------------------------
 

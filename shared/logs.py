@@ -110,13 +110,20 @@ def _name_trace(
 
 
 def secrets_of(settings: Settings) -> list[str]:
-    """What no line may say."""
+    """What no line may say, in each form in which it would be in a line."""
     found = [key.decode() for key, _ in settings.tenant_keys]
     found += [secret.get_secret_value() for secret in (*settings.admin_keys, *settings.webhook_secret)]
     for credentials in _PASSWORD.findall(f"{settings.redis_url} {settings.webhook_url}"):
         password = credentials.partition(":")[2]
         found += [password, unquote(password)]
-    return sorted({secret for secret in found if len(secret) >= SHORTEST_SECRET}, key=len, reverse=True)
+    forms = {secret for secret in found if len(secret) >= SHORTEST_SECRET}
+    for _ in range(2):  # a line is JSON, and quotes the `repr` or the JSON of somebody else
+        forms |= {write(form)[1:-1] for form in forms for write in (json.dumps, _json_utf8, repr)}
+    return sorted(forms, key=len, reverse=True)
+
+
+def _json_utf8(text: str) -> str:
+    return orjson.dumps(text).decode()
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # sys.stderr

@@ -33,11 +33,14 @@ def bytes_text(data: bytes) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Compact JSON in UTF-8; where a string holds a lone surrogate, in ASCII with escapes."""
+    """Compact JSON in UTF-8; where a string holds a lone surrogate, in ASCII with escapes.
+
+    Raises TypeError or ValueError on what JSON cannot say.
+    """
     try:
         return orjson.dumps(value)
     except TypeError:
-        return json.dumps(value, separators=(",", ":")).encode()
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def parse_json(data: bytes) -> Any:

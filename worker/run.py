@@ -103,13 +103,15 @@ class StreamVoice:
             await self._say(Kind.REASONING, text_bytes(fragment))
 
     async def tool_call(self, delta: Mapping[str, Any]) -> None:
-        if not isinstance(delta.get("index"), int) or not isinstance(delta.get("function", {}), Mapping):
-            raise TypeError("a tool call has an integer `index`, and its `function` is an object")
+        _check_tool_call(delta)
         await self._say(Kind.TOOL_CALL, json_bytes(delta))
 
     async def tool(
         self, name: str, status: ToolStatus, *, call_id: str | None = None, detail: str | None = None
     ) -> None:
+        if status not in get_args(ToolStatus):
+            raise TypeError(f"{status!r} is not one of {get_args(ToolStatus)}")
+        _check_strings(name or "", call_id, detail, of="a tool: its name, call id and detail")
         self._count_tool(status)
         event = {"name": name, "status": status, "call_id": call_id, "detail": detail}
         self._append(Kind.TOOL, json_bytes(event))
@@ -362,7 +364,8 @@ class Run:
     ) -> Ending:
         fields = self._timing(voice, started_at)
         if failure is not None:
-            fields["traceback"] = text_bytes("".join(format_exception(failure))[-TRACEBACK_CHARACTERS:])
+            story = "".join(format_exception(failure))[-TRACEBACK_CHARACTERS:]
+            fields["traceback"] = story.encode("utf-8", "backslashreplace")  # it may quote lone surrogates
         ending = await self._attempt.finish(
             Kind.ERROR, lambda _: error.payload(), Status.FAILED, fields, agent_stopped=agent_stopped
         )
@@ -401,8 +404,27 @@ class Run:
     def _explain(self, failure: BaseException | None) -> ErrorMarker:
         """What the client may know of an agent's failure; None: it was cancelled. The whole story goes to the log."""
         self._log.error("agent_failed", agent=self._agent.name, exc_info=failure)
-        message = failure.public_message if isinstance(failure, AgentError) else "The agent failed."
+        message = str(failure.public_message) if isinstance(failure, AgentError) else AgentError.public_message
         return ErrorMarker(ErrorCode.AGENT_ERROR, message)
+
+
+def _check_tool_call(delta: Mapping[str, Any]) -> None:
+    """Raises TypeError on what could not be joined to a function call."""
+    function = delta.get("function", {})
+    if not _is_count(delta.get("index")) or not isinstance(function, Mapping):
+        raise TypeError("a tool call has an integer `index` from 0 on, and its `function` is an object")
+    _check_strings(
+        delta.get("id"), function.get("name"), function.get("arguments"), of="a tool call: `id`, `name` and `arguments`"
+    )
+
+
+def _check_strings(*texts: Any, of: str) -> None:
+    if not all(isinstance(text, str | None) for text in texts):
+        raise TypeError(f"not strings of {of}")
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 1 << 63  # as far as JSON numbers are read everywhere
 
 
 def _checked(outcome: Any) -> Outcome:
@@ -412,8 +434,8 @@ def _checked(outcome: Any) -> Outcome:
     if outcome.finish_reason not in get_args(FinishReason):
         raise TypeError(f"{outcome.finish_reason!r} is not one of {get_args(FinishReason)}")
     usage = outcome.usage
-    if usage is not None and not all(isinstance(n, int) for n in (usage.prompt_tokens, usage.completion_tokens)):
-        raise TypeError("usage counts tokens in whole numbers")
+    if usage is not None and not all(_is_count(n) for n in (usage.prompt_tokens, usage.completion_tokens)):
+        raise TypeError("usage counts tokens in whole numbers, from 0 on")
     if not isinstance(outcome.text, str | None):
         raise TypeError(f"text is a string or None, not {type(outcome.text).__name__}")
     if not isinstance(outcome.session_state, bytes | None):

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 import structlog
@@ -59,6 +60,20 @@ def test_a_line_hides_keys_and_passwords(capsys: pytest.CaptureFixture[str], log
     output = written(capsys)
     for secret in ("pass-word", "sk-of-acme", "sk-admin", "a%2Fpass", "a/pass"):
         assert secret not in output
+    assert output.count(logs.HIDDEN) >= 4
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_secret_is_hidden_however_it_is_escaped(
+    capsys: pytest.CaptureFixture[str], log_format: Literal["json", "console"]
+) -> None:
+    secret = 'sk-"quoted\\\u00e9'
+    logs.configure(Settings(log_format=log_format, api_keys=secret))
+    structlog.get_logger("us").info("event", reason=secret, others=[secret])
+    structlog.get_logger("us").info("event", reason=f"{secret}\ud800")  # with a lone surrogate JSON is ASCII
+    logging.getLogger("somebody").error("refused %r", secret)
+    output = written(capsys)
+    assert "quoted" not in output
     assert output.count(logs.HIDDEN) >= 4
 
 

@@ -29,6 +29,8 @@ class AgentError(Exception):
     `public_message` is sent to the client: one sentence, no secrets, no text of an upstream's exception.
     """
 
+    public_message = "The agent failed."  # of a subclass that does not call `__init__`
+
     def __init__(self, public_message: str) -> None:
         super().__init__(public_message)
         self.public_message = public_message
