@@ -8,6 +8,7 @@ import structlog
 from starlette.requests import Request
 from starlette.types import Receive, Scope
 
+from api.departures import Departure
 from api.errors import ClientGoneError, JobFailedError
 from api.observe import AnswerObservation
 from api.protocol import connection_of
@@ -22,13 +23,11 @@ from shared.store import Accepted, Left
 
 log = structlog.get_logger(__name__)
 
-COME_BACK_WITHIN_S = 0.9  # the SDKs try again after up to 0.5 s; an agent is to be told within a second
-
 INTERRUPTED = ErrorMarker(ErrorCode.STREAM_INTERRUPTED, "The server was stopped before the answer was complete.")
 
 
 async def submit_and_listen(
-    services: Services, job: Submission, attachments: list[bytes], *, waits: bool, may_come_back: bool
+    services: Services, job: Submission, attachments: list[bytes], *, waits: bool, comes_back_within_s: float
 ) -> tuple[Accepted, Answer]:
     """Queues a job, or joins that of the same request before it; and the answer, which has to be followed.
 
@@ -42,7 +41,8 @@ async def submit_and_listen(
     except BaseException:
         tail.end()
         raise
-    answer = Answer(services, accepted.job_id, waits=waits, may_come_back=may_come_back)
+    waiter = job.job_id if waits else None
+    answer = Answer(services, accepted.job_id, waiter=waiter, comes_back_within_s=comes_back_within_s)
     if accepted.is_new:
         answer.listen_by(tail)
     else:
@@ -54,30 +54,34 @@ class Answer:
     """What one client gets of a job. Made for each request; not for concurrent use."""
 
     __slots__ = (
+        "_comes_back_within_s",
         "_is_client_gone",
         "_last",
-        "_may_come_back",
         "_push",
         "_relay",
         "_services",
         "_tail",
-        "_waits",
+        "_waiter",
         "has_been_told",
         "job_id",
         "settings",
     )
 
-    def __init__(self, services: Services, job_id: str, *, waits: bool = False, may_come_back: bool = False) -> None:
-        """`waits`: the client is one of those that the job runs for; without the last of them it is cancelled.
+    def __init__(
+        self, services: Services, job_id: str, *, waiter: str | None = None, comes_back_within_s: float = 0.0
+    ) -> None:
+        """`waiter`: the id of the submission by which the client is one of those that the job runs for: without the
+        last of them it is cancelled. None: the job runs on without it.
 
-        `may_come_back`: a client that goes away with nothing in its hands will soon send its request again.
+        `comes_back_within_s`: when a client that goes away with nothing in its hands will have sent its request again;
+        0 if it will not.
         """
         self.job_id = job_id
         self.settings = services.settings
         self.has_been_told = False  # whether anything of the answer was sent
         self._services = services
-        self._waits = waits
-        self._may_come_back = may_come_back
+        self._waiter = waiter
+        self._comes_back_within_s = comes_back_within_s
         self._relay = Relay()
         self._is_client_gone = False
         self._push: Push | None = None
@@ -152,23 +156,24 @@ class Answer:
         if isinstance(error, asyncio.CancelledError):
             await asyncio.shield(self._leave("The server was stopped while the client waited."))
         elif isinstance(error, (ClientGoneError, OSError)):
-            may_come_back = self._may_come_back and not self.has_been_told
+            may_come_back = self._comes_back_within_s > 0 and not self.has_been_told
             await self._leave("The client went away.", may_come_back=may_come_back)
 
     async def _leave(self, why: str, *, may_come_back: bool = False) -> None:
-        if not self._waits or self.ending is not None:
+        if self._waiter is None or self.ending is not None:
             return
+        departure = Departure(self.job_id, self._waiter, why)
         try:
-            left = await self._services.store.leave(self.job_id, why, may_come_back=may_come_back)
-        except FAILURES as error:  # the job's deadline will end it
-            log.warning("cancel_failed", job=self.job_id, reason=str(error))
-            return
-        if left is Left.LATER:
-            self._services.errands.start(self._leave_later(why))
-        log.info("client_left", job=self.job_id, why=why, job_is=left.value)
+            left = await self._services.departures.tell(departure, may_come_back=may_come_back)
+        except FAILURES as error:
+            log.warning("leave_repeated", job=self.job_id, reason=str(error))
+            self._services.departures.tell_later(departure)
+        else:
+            if left is Left.LATER:
+                self._services.errands.start(self._leave_later(why))
 
     async def _leave_later(self, why: str) -> None:
-        await asyncio.sleep(COME_BACK_WITHIN_S)
+        await asyncio.sleep(self._comes_back_within_s)
         await self._leave(why)
 
     async def whole(self, request: Request) -> tuple[list[Entry], OkMarker]:

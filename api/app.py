@@ -20,6 +20,7 @@ from api import files, job_webhook, jobs, operations, responses, stored_completi
 from api.bypass import BypassApp
 from api.chat import create_completion, watch_completion
 from api.dashboard.app import dashboard_routes
+from api.departures import Departures
 from api.errors import ApiError, InvalidRequestError, NotFoundError
 from api.middleware import AuthMiddleware, ErrorMiddleware, RequestIdMiddleware
 from api.observe import ObserveMiddleware, scrape
@@ -70,6 +71,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             webhooks=WebhookStore(store.redis, settings),
             switchboard=switchboard,
             errands=errands,
+            departures=Departures(store, errands),
             started_s=int(time.time()),
         )
         async with switchboard:

@@ -12,7 +12,7 @@ from api.attachments import Detached, detach, media_parts
 from api.body import read_chat_body
 from api.chat_request import StreamOptions, parse_chat_request, submission
 from api.chunks import ChunkEncoder, completion
-from api.once import is_from_sdk, once, patience_ms
+from api.once import comes_back_within_s, once, patience_ms
 from api.services import services_of
 from api.sse import StreamedAnswer
 from api.stored import find_job, starting_after
@@ -50,7 +50,7 @@ async def create_completion(request: Request) -> Response:
         webhook=webhook_target(chat.webhook, settings),
     )
     accepted, answer = await submit_and_listen(
-        services, job, detached.attachments, waits=is_waited_for, may_come_back=is_from_sdk(request)
+        services, job, detached.attachments, waits=is_waited_for, comes_back_within_s=comes_back_within_s(request)
     )
     delivered = when_delivered(services, job, accepted.job_id)
     if chat.stream:

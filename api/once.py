@@ -19,6 +19,9 @@ from api.errors import InvalidRequestError
 from shared.jobs import Join, Once
 from shared.text import json_bytes
 
+BACK_ON_THE_WAY_S = 0.4  # from the end of a client's pause until its next try is here
+
+_COUNT = re.compile(r"[0-9]{1,4}")
 _KEY = re.compile(r"[\x20-\x7e]{1,255}")
 _LARGE_BYTES = 256 * 1024  # a body from which on digesting it would hold up the streams of others
 
@@ -26,6 +29,18 @@ _LARGE_BYTES = 256 * 1024  # a body from which on digesting it would hold up the
 def is_from_sdk(request: Request) -> bool:
     """Whether the client sends a request again by itself, if it gets no answer."""
     return "x-stainless-retry-count" in request.headers
+
+
+def comes_back_within_s(request: Request) -> float:
+    """How long a client that has got nothing is given to send its request again; 0 if it does not do so by itself.
+
+    The OpenAI SDKs wait 0.5 s, then twice as long each time, up to 8 s, and up to a quarter less of it.
+    """
+    if not is_from_sdk(request):
+        return 0.0
+    tries = request.headers["x-stainless-retry-count"].strip()
+    before = min(int(tries), 4) if _COUNT.fullmatch(tries) else 0
+    return 0.5 * (1 << before) + BACK_ON_THE_WAY_S
 
 
 def patience_ms(request: Request) -> int | None:

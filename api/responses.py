@@ -14,7 +14,7 @@ from api.attachments import Detached, detach
 from api.body import read_json
 from api.errors import ApiError, InvalidRequestError
 from api.jobs import cancel_job
-from api.once import is_from_sdk, once, patience_ms
+from api.once import comes_back_within_s, once, patience_ms
 from api.paging import limit_of, newest_first, page_object
 from api.response_events import ResponseEncoder, ended_response
 from api.response_history import (
@@ -76,7 +76,7 @@ async def create(request: Request) -> Response:
     if asked.background and not asked.stream:
         return await _begun(request, job, detached)
     accepted, answer = await submit_and_listen(
-        services, job, detached.attachments, waits=is_waited_for, may_come_back=is_from_sdk(request)
+        services, job, detached.attachments, waits=is_waited_for, comes_back_within_s=comes_back_within_s(request)
     )
     head = ResponseHead.of_submission(job, job_id=accepted.job_id, created_s=accepted.created_s)
     delivered = when_delivered(services, job, accepted.job_id)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse as StarletteJSONResponse
 
+from api.departures import Departures
 from api.errors import QueueUnreachableError
 from api.tail import Switchboard
 from shared.connection import FAILURES, passes
@@ -33,6 +34,7 @@ class Services:
     webhooks: WebhookStore
     switchboard: Switchboard
     errands: Errands
+    departures: Departures
     started_s: int  # when this process started, seconds since the epoch
 
 

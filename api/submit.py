@@ -65,6 +65,9 @@ async def submit(services: Services, job: Submission, attachments: list[bytes]) 
     await _attach(services, job, attachments)
     try:
         accepted = await _submit_once(services, job)
+    except QueueUnreachableError:
+        metrics.submissions.labels("unreachable").inc()
+        raise
     except StoreOtherBodyError as error:
         await _discard(services, job, attachments)
         raise OtherBodyError from error
@@ -73,12 +76,6 @@ async def submit(services: Services, job: Submission, attachments: list[bytes]) 
         metrics.submissions.labels("queue_full").inc()
         message = "The session has too many unfinished turns." if error.of_session else "Too many requests are waiting."
         raise QueueFullError(message) from error
-    except FAILURES as error:
-        if not passes(error):
-            raise
-        metrics.submissions.labels("unreachable").inc()
-        log.warning("submit_failed", job=job.job_id, reason=str(error))
-        raise QueueUnreachableError(may_have_started=not _was_never_sent(error)) from error
     if accepted.job_id != job.job_id:
         await _discard(services, job, attachments)
         metrics.submissions.labels("joined").inc()
@@ -126,14 +123,23 @@ async def _attach(services: Services, job: Submission, attachments: list[bytes])
 
 
 async def _submit_once(services: Services, job: Submission) -> Accepted:
-    """A submission whose answer is lost is sent again under its id, so that it is accepted once."""
+    """A submission whose answer is lost is sent again under its id, so that it is accepted once.
+
+    Raises QueueUnreachableError if Redis does not tell whether it has it.
+    """
     deadline = asyncio.get_running_loop().time() + SUBMIT_PATIENCE_S
+    may_have_started = False  # once true, whatever is said to the repetitions
     while True:
         try:
             return await services.store.submit(job)
         except FAILURES as error:
-            if not passes(error) or _was_never_sent(error) or asyncio.get_running_loop().time() > deadline:
+            if not passes(error):
                 raise
+            never_sent = _was_never_sent(error)
+            may_have_started = may_have_started or not never_sent
+            if never_sent or asyncio.get_running_loop().time() > deadline:
+                log.warning("submit_failed", job=job.job_id, reason=str(error))
+                raise QueueUnreachableError(may_have_started=may_have_started) from error
             log.warning("submit_repeated", job=job.job_id, reason=str(error))
             await asyncio.sleep(FIRST_RETRY_S)
 

@@ -482,8 +482,10 @@ class JobStore:
         """Ends a job because nobody wants its answer any more."""
         return await self.end(job_id, Status.CANCELLED, ErrorMarker(ErrorCode.CANCELLED, message))
 
-    async def leave(self, job_id: str, message: str, *, may_come_back: bool) -> Left:
-        """A client that waited for a job has gone away; the job of the last one is cancelled.
+    async def leave(self, job_id: str, waiter: str, message: str, *, may_come_back: bool) -> Left:
+        """A client that waited for a job has gone away; the job of the last one is cancelled. Idempotent.
+
+        `waiter`: the id of the submission by which it waited: the job's own, or one that has joined it.
 
         `may_come_back`: a job that runs is left alone for now, and the caller asks again after a moment.
         """
@@ -491,6 +493,7 @@ class JobStore:
             "leave",
             self.keys.job(job_id),
             job_id,
+            waiter,
             ErrorMarker(ErrorCode.CANCELLED, message).payload(),
             self._retention_ms,
             "1" if may_come_back else "0",

@@ -76,7 +76,7 @@ for i = 1, math.min(2 * most, #waiting), 2 do
     redis.call('ZADD', deadlines, deadline, id)
     local request, arq_job = request_key(id), arq_job_key(id)
     if redis.call('PTTL', record) < enough_ms then
-      for _, key in ipairs({record, request, attachments_key(id), stream, arq_job}) do
+      for _, key in ipairs({record, request, attachments_key(id), stream, arq_job, turns_key(job[14] or '')}) do
         redis.call('PEXPIRE', key, ARGV[5])
       end
     end

@@ -32,6 +32,7 @@ if before and before[1] then
         for _, of_job in ipairs({job_key, request_key, attachments_key, arq_job_key, stream_key}) do
           redis.call('PEXPIRE', of_job(before_id), ttl_ms)
         end
+        redis.call('PEXPIRE', turns_key(redis.call('HGET', job_key(before_id), 'session')), ttl_ms)
       end
     end
     return {'joined', before_id, before[2]}

@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 import shared.store
 from shared.entries import BEGINNING, Entry, EntryId, ErrorMarker, Kind, OkMarker, Usage
 from shared.jobs import ARQ_FUNCTION, ErrorCode, Join, Once, Status, new_job_id
-from shared.store import Claim, Ending, JobStore, QueueFullError, Swept
+from shared.store import Claim, Ending, JobStore, Left, QueueFullError, Swept
 from shared.text import json_bytes, parse_json
 from tests.conftest import Backend, MakeStore
 from tests.jobs import (
@@ -203,8 +203,8 @@ async def test_a_running_job_is_kept_as_long_as_it_may_need(store: JobStore) -> 
 
 async def test_a_claim_renews_what_would_not_last_long_enough(store: JobStore) -> None:
     """Such as after a change of the timeouts."""
-    job_id = await submitted(store)
-    names = [store.keys.job(job_id), store.keys.request(job_id), f"{job_key_prefix}{job_id}"]
+    job_id = await submitted(store, session="s")
+    names = [store.keys.job(job_id), store.keys.request(job_id), f"{job_key_prefix}{job_id}", store.keys.turns("s")]
     for name in names:
         await store.redis.expire(name, 60)
     await (await a_worker(store)).claim_one()
@@ -214,14 +214,26 @@ async def test_a_claim_renews_what_would_not_last_long_enough(store: JobStore) -
 
 async def test_who_joins_a_job_and_lets_it_wait_longer_lets_it_be_kept_longer(store: JobStore) -> None:
     once = Once(name="key:k", body_digest="d", join=Join.ALWAYS)
-    job_id = await submitted(store, once=once, is_waited_for=True, patience_ms=1000)
-    names = [store.keys.job(job_id), store.keys.request(job_id), f"{job_key_prefix}{job_id}"]
+    job_id = await submitted(store, session="s", once=once, is_waited_for=True, patience_ms=1000)
+    names = [store.keys.job(job_id), store.keys.request(job_id), f"{job_key_prefix}{job_id}", store.keys.turns("s")]
     for name in names:
         await store.redis.expire(name, 60)
     joined = await store.submit(a_submission(once=once, is_waited_for=True))
     assert (joined.job_id, joined.is_new) == (job_id, False)
     for name in names:
         assert UNFINISHED_S - 10 < await store.redis.ttl(name) <= UNFINISHED_S, name
+
+
+async def test_a_client_that_leaves_is_counted_once(store: JobStore) -> None:
+    """The API says it again if the answer was lost; another client still waits."""
+    once = Once(name="key:k", body_digest="d", join=Join.ALWAYS)
+    first, second = new_job_id(), new_job_id()
+    job_id = await submitted(store, first, once=once, is_waited_for=True)
+    assert not (await store.submit(a_submission(second, once=once, is_waited_for=True))).is_new
+    for _ in range(2):
+        assert await store.leave(job_id, first, "gone", may_come_back=False) is Left.OTHERS_WAIT
+    assert await store.leave(job_id, second, "gone", may_come_back=False) is Left.CANCELLED
+    assert await store.leave(job_id, second, "gone", may_come_back=False) is Left.ENDED_BEFORE
 
 
 async def test_jobs_are_claimed_oldest_first(store: JobStore) -> None:

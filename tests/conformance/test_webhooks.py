@@ -106,7 +106,7 @@ async def ended_by_run_timeout(store: JobStore) -> str:
 
 async def ended_by_its_clients_leaving(store: JobStore) -> str:
     job_id = await submitted(store, webhook=TARGET, is_waited_for=True)
-    await store.leave(job_id, "The client has gone away.", may_come_back=False)
+    await store.leave(job_id, job_id, "The client has gone away.", may_come_back=False)
     return job_id
 
 

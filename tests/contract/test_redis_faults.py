@@ -133,6 +133,25 @@ async def test_connections_that_are_killed_under_load_cost_nothing(start: Start,
     await idle(service)
 
 
+async def test_a_client_that_leaves_while_redis_is_away_takes_its_job_with_it(
+    start: Start, server: DurableServer, tmp_path: Path
+) -> None:
+    """Nobody else would end the agent before its deadline."""
+    log = tmp_path / "log"
+    with Proxy(server.port) as proxy:
+        service = start(ENDMARK_REDIS_URL=proxy.url)
+        body = {"messages": script(say=["a"], then="hang", log=str(log)), "stream": True}
+        with service.http() as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
+            next(answer.iter_lines())
+            proxy.close()
+        await async_wait_until(
+            lambda: "leave_repeated" in service.api.output, timeout=10, description="Redis not to hear of it"
+        )
+        proxy.open()
+        await async_wait_until(lambda: noted(log, "cancelled"), timeout=20, description="the agent to be cancelled")
+        await idle(service)
+
+
 async def test_a_slow_redis_makes_slow_streams_and_whole_ones(start: Start, server: DurableServer) -> None:
     with Proxy(server.port) as proxy:
         service = start(ENDMARK_REDIS_URL=proxy.url)
