@@ -188,8 +188,12 @@ async def follow_primary(client: Any) -> None:
     """
     pool = client.connection_pool
     while isinstance(pool, PrimaryPool):
-        with suppress(redis_errors.RedisError, OSError):  # whoever sends a command learns it, too
+        try:
             await pool.get_master_address()
+        except (redis_errors.RedisError, OSError):
+            pass  # whoever sends a command learns it, too
+        except Exception:  # a defect must not end the looking
+            log.exception("sentinels_cannot_be_asked")
         await asyncio.sleep(LOOK_INTERVAL_S)
 
 

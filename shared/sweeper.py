@@ -45,3 +45,5 @@ async def sweep_forever(store: JobStore) -> None:
         except FAILURES as error:
             log.warning("sweep_failed", reason=str(error))
             sweeps_from = after_a_lease()
+        except Exception:  # a defect must not end the sweeps of this process, which may be the only one
+            log.exception("sweep_broken")

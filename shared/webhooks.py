@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+import structlog
 from arq.connections import ArqRedis
 
 from shared import scripts
@@ -26,6 +27,8 @@ from shared.keys import Keys
 from shared.settings import Settings
 from shared.signing import signing_key
 from shared.text import json_bytes, parse_json
+
+log = structlog.get_logger(__name__)
 
 RETRY_FACTOR = 4.0  # each wait is this many times the one before
 LONGEST_WAIT_S = 6 * 3600.0
@@ -196,7 +199,13 @@ class WebhookStore:
                 *(part for pair in on_their_way.items() for part in pair),
             ],
         )
-        return Claimed([_delivery(*row) for row in rows], more_are_due == 1, [job_id.decode() for job_id in given_up])
+        deliveries = []
+        for row in rows:
+            try:
+                deliveries.append(_delivery(*row))
+            except Exception:  # such as of a kind that only a newer version knows: left to other workers
+                log.exception("webhook_unreadable", job=row[0].decode(errors="replace"))
+        return Claimed(deliveries, more_are_due == 1, [job_id.decode() for job_id in given_up])
 
     async def settle(self, delivery: Delivery, result: AttemptResult, state: DeliveryState, pause_s: float = 0) -> bool:
         """Notes what became of an attempt. `PENDING`: it is tried again after `pause_s`. Idempotent.

@@ -509,6 +509,10 @@ class Publisher:
             return True
         # A refused append may have been refused for being there.
         refused = next((answer for answer in stored if isinstance(answer, Exception)), None)
+        if refused is not None and _leaves_a_hole(stored):
+            log.error("entry_refused", job=attempt.claim.job_id, reason=f"{refused}; the next one was stored")
+            attempt.lose(Loss.REFUSED)
+            return True
         if refused is not None and (passes(refused) or not asked or _came_too_late(refused)):
             return False
         if refused is not None:
@@ -590,6 +594,15 @@ class Publisher:
         if self._line.number != line:
             raise RedisConnectionError("the connection has broken")
         return await self._line.call(b"".join(commands), replies)
+
+
+def _leaves_a_hole(stored: list[Any]) -> bool:
+    """Whether Redis had no room for an entry and took one behind it: memory came back in the middle of a flush.
+
+    What is refused for being there already has been stored, and leaves none.
+    """
+    refused = [at for at, answer in enumerate(stored) if isinstance(answer, Exception) and passes(answer)]
+    return bool(refused) and any(isinstance(answer, bytes) for answer in stored[refused[0] :])
 
 
 def _came_too_late(refused: Exception) -> bool:

@@ -592,6 +592,29 @@ async def test_what_redis_refuses_for_now_holds_up_nobody_else(
     assert refused.losses == []
 
 
+async def test_an_attempt_whose_flush_left_a_hole_is_lost_at_once(
+    store: JobStore, spoken: Spoken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis had no room for an entry, and for the next one of the same flush it had."""
+    original = CallWire.call
+
+    async def call(wire: CallWire, commands: bytes, replies: int) -> list[Any]:
+        parsed = _parsed(commands)
+        names = [parts[0] for parts in parsed]
+        if names.count(b"XADD") != 3:
+            return await original(wire, commands, replies)
+        without_second = b"".join(command(*parts) for parts in parsed[:2] + parsed[4:])
+        answers = await original(wire, without_second, replies - 2)
+        return [*answers[:2], OutOfMemoryError("used memory > 'maxmemory'"), 0, *answers[2:]]
+
+    monkeypatch.setattr(CallWire, "call", call)
+    spoken.say(b"a")
+    spoken.say(b"b", kind=Kind.REASONING)
+    spoken.say(b"c")
+    await async_wait_until(lambda: spoken.losses, timeout=5, description="the attempt to be lost")
+    await assert_lost(spoken, Loss.REFUSED, Ending.FENCED)
+
+
 async def test_an_attempt_that_has_ended_is_lost_no_more(
     store: JobStore, publisher: Publisher, spoken: Spoken, calls: Calls
 ) -> None:

@@ -242,6 +242,16 @@ async def test_a_webhook_that_kills_every_worker_is_given_up(make_store: MakeSto
     assert await store.redis.zcard(store.keys.webhooks) == 0
 
 
+async def test_a_webhook_that_cannot_be_read_takes_no_other_along(store: JobStore) -> None:
+    """Such as one of a newer version; it is left to others, as if this worker had died."""
+    unreadable, readable = await cancelled(store), await cancelled(store)
+    await store.redis.hset(store.keys.webhook(unreadable), "kind", "of tomorrow")  # type: ignore[misc]  # redis-py types both its clients at once
+    assert [delivery.job_id for delivery in await due(store)] == [readable]
+    await store.redis.hset(store.keys.webhook(unreadable), "kind", "chatcmpl")  # type: ignore[misc]  # as above
+    await overdue(store, unreadable)
+    assert [delivery.job_id for delivery in await due(store)] == [unreadable]
+
+
 async def test_a_worker_gets_no_more_than_it_can_send(store: JobStore) -> None:
     ended = await several(store, 3)
     assert [delivery.job_id for delivery in await due(store, 2)] == ended[:2], "those that are due for longest"

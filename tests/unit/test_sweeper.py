@@ -61,6 +61,23 @@ async def swept_at(monkeypatch: pytest.MonkeyPatch, until: float, *outages: tupl
     return server.swept_at
 
 
+async def test_a_sweep_with_a_defect_is_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    clock.until = 60.0
+    server = Server(clock)
+    sound, broken = server.sweep, iter([True])
+
+    async def sweep(**options: Any) -> list[Any]:
+        if next(broken, False):
+            raise ValueError("what nobody foresaw")
+        return await sound(**options)
+
+    monkeypatch.setattr(server, "sweep", sweep)
+    with pytest.raises(asyncio.CancelledError):
+        await sweep_forever(cast(JobStore, server))
+    assert len(server.swept_at) > 200
+
+
 async def test_nothing_is_swept_within_one_lease_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     at = await swept_at(monkeypatch, 60)
     assert LEASE_S <= at[0] <= 1.25 * LEASE_S + 0.5
