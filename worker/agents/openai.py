@@ -195,9 +195,12 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _usage(usage: Mapping[str, int | None]) -> Usage:
-    # An upstream may have left a count out.
-    return Usage(prompt_tokens=usage.get("prompt_tokens") or 0, completion_tokens=usage.get("completion_tokens") or 0)
+def _usage(usage: Mapping[str, Any]) -> Usage | None:
+    """An upstream may have left a count out; None if it counts in what are no numbers of tokens."""
+    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    if not all(isinstance(count, int) and 0 <= count < 1 << 63 for count in (prompt, completion)):
+        return None
+    return Usage(prompt_tokens=prompt, completion_tokens=completion)
 
 
 def _public_message(error: APIError | JSONDecodeError) -> str:
