@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from worker.agents.contract import AgentError, Outcome, Turn, Usage, Voice
@@ -33,10 +34,20 @@ class MistakenAgent:
             case "a name that is no string":
                 wrong = 1
                 await voice.tool(wrong, "started")
+            case "a word that is no string, which it does not mind":
+                wrong = 42
+                await voice.text("The answer is ")
+                with suppress(Exception):
+                    await voice.text(wrong)
+                await voice.text(", as you asked.")
+            case "more words than it may say, which it does not mind":
+                for _ in range(40):
+                    with suppress(Exception):
+                        await voice.text("x" * 100)
             case "usage that no number holds":
-                return Outcome(usage=Usage(prompt_tokens=2**70))
+                return Outcome(text="42", usage=Usage(prompt_tokens=2**70))
             case "usage below zero":
-                return Outcome(usage=Usage(prompt_tokens=-1))
+                return Outcome(text="42", usage=Usage(prompt_tokens=-1))
             case "an error without a message":
                 raise WithoutMessage
             case "an error whose message is no string":

@@ -16,7 +16,8 @@ fail= (at token `at`, default k//2):
   hang     stop for ever, keep the socket     length | content_filter   that finish_reason, then [DONE]
   nodone   finish_reason=stop, no [DONE]      empty    200 OK, finish_reason=stop, no more content
   status<NNN>  answer HTTP NNN instead of streaming (status500, status429, status401, ...)
-With a tool, what fails is not the request that calls it, but the one that brings its result.
+With a tool, what fails is not the request that calls it, but the one that brings its result; except for
+  toolcut  end the HTTP body behind the call of the tool, without a finish_reason
 times=N id=X   fail only the first N requests that carry id X (to watch retries)
 
 Every token is `@<seq>.<CLOCK_MONOTONIC ns in hex>; `, stamped when it is written to the socket: a reader on the same
@@ -264,7 +265,10 @@ class _Connection(asyncio.Protocol):
             function = {"name": self.script.tool, "arguments": self.script.tool_arguments}
             call = {"index": 0, "id": self._call_id(), "type": "function", "function": function}
             self.transport.write(self._delta({"tool_calls": [call]}))
-            self._finish("tool_calls")
+            if self.fail == "toolcut":
+                self._act_out_failure()
+            else:
+                self._finish("tool_calls")
             return
         await asyncio.sleep(self.script.first_token_delay_s)
         if self.script.interval_s:
@@ -328,7 +332,7 @@ class _Connection(asyncio.Protocol):
             case "close":
                 self.streaming = False
                 self.transport.abort()
-            case "eof":
+            case "eof" | "toolcut":
                 self.streaming = False
                 self.transport.write(END_OF_BODY)
             case "sse":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum
 from traceback import format_exception
@@ -36,10 +36,8 @@ log = structlog.get_logger(__name__)
 _DELTA = Kind.DELTA  # looking a member up costs more than comparing it
 WORDS_AT_ONCE = 4  # an agent that has said so many before the event loop turns lets the others go on first
 CLEAN_UP_S = 1.0  # what a cancelled agent gets before its job ends without it
-CANCEL_AGAIN_S = (
-    5.0  # after which it is cancelled again: `asyncio.wait_for` of Python 3.11 may have forgotten the first
-)
-ABANDON_S = 5.0  # after which an agent that ignores its cancellation no longer holds its slot and its session
+CANCEL_AGAIN_S = 9.0  # what it gets beyond that, until it is cancelled again: the first may have been forgotten
+ABANDON_S = 1.0  # and then, until its slot and its session are given away
 TRACEBACK_CHARACTERS = 16_000  # of an agent's failure, for operators: the end of it, where the error is
 
 
@@ -84,6 +82,7 @@ class StreamVoice:
         self.last_word_at: float | None = None
         self._waiting_for_redis = 0
         self.said_text = False
+        self.refused: Exception | None = None  # why a word was not taken: what was said is not all any more
         self.tools_s = 0.0  # how long at least one of the agent's tools ran
         self._running_tools = 0
         self._tools_since = 0.0
@@ -91,7 +90,11 @@ class StreamVoice:
     async def text(self, fragment: str) -> None:
         if fragment:
             self.said_text = True
-            self._append(_DELTA, text_bytes(fragment))
+            try:
+                self._append(_DELTA, text_bytes(fragment))
+            except Exception as error:
+                self._refuse(error)
+                raise
             # As `_say`, without one more coroutine for each token.
             if self._attempt.must_wait:
                 await self._flushed()
@@ -100,22 +103,27 @@ class StreamVoice:
 
     async def reasoning(self, fragment: str) -> None:
         if fragment:
-            await self._say(Kind.REASONING, text_bytes(fragment))
+            await self._say(Kind.REASONING, text_bytes, fragment)
 
     async def tool_call(self, delta: Mapping[str, Any]) -> None:
-        _check_tool_call(delta)
-        await self._say(Kind.TOOL_CALL, json_bytes(delta))
+        await self._say(Kind.TOOL_CALL, _tool_call_bytes, delta)
 
     async def tool(
         self, name: str, status: ToolStatus, *, call_id: str | None = None, detail: str | None = None
     ) -> None:
-        if status not in get_args(ToolStatus):
-            raise TypeError(f"{status!r} is not one of {get_args(ToolStatus)}")
-        _check_strings(name or "", call_id, detail, of="a tool: its name, call id and detail")
-        self._count_tool(status)
         event = {"name": name, "status": status, "call_id": call_id, "detail": detail}
-        self._append(Kind.TOOL, json_bytes(event))
+        try:
+            self._append(Kind.TOOL, _tool_bytes(event))
+        except Exception as error:
+            self._refuse(error)
+            raise
+        self._count_tool(status)
         await self._flushed()
+
+    def _refuse(self, error: Exception) -> None:
+        """An agent that swallows the error must not be taken for one whose every word was said."""
+        if self.refused is None and not isinstance(error, AttemptLostError):
+            self.refused = error
 
     def _count_tool(self, status: ToolStatus) -> None:
         """Tools that run at the same time count once. An end without a beginning counts nothing."""
@@ -128,8 +136,12 @@ class StreamVoice:
             if self._running_tools == 0:
                 self.tools_s += time.monotonic() - self._tools_since
 
-    async def _say(self, kind: Kind, payload: bytes) -> None:
-        self._append(kind, payload)
+    async def _say(self, kind: Kind, encode: Callable[[Any], bytes], what: object) -> None:
+        try:
+            self._append(kind, encode(what))
+        except Exception as error:
+            self._refuse(error)
+            raise
         if self._attempt.must_wait:
             await self._flushed()
         elif self._attempt.said_at_once >= WORDS_AT_ONCE:
@@ -258,6 +270,8 @@ class Run:
             outcome = _checked(await self._agent.run(turn, voice))
         except (SystemExit, KeyboardInterrupt) as error:
             raise RuntimeError("the agent tried to end its worker") from error
+        if voice.refused is not None:
+            raise voice.refused
         if session and len(outcome.session_state or b"") > self._settings.max_session_bytes:
             raise AgentError("The session has become too large to be kept. Go on with another session_id.")
         if outcome.text and not voice.said_text:
@@ -333,6 +347,9 @@ class Run:
 
     async def _finish_ok(self, outcome: Outcome, voice: StreamVoice, started_at: float) -> Ending:
         cost = outcome.usage
+        if cost is not None and not (_is_count(cost.prompt_tokens) and _is_count(cost.completion_tokens)):
+            self._log.warning("usage_unusable", agent=self._agent.name, usage=repr(cost))
+            cost = None  # nothing of the answer hangs on it
         usage = None if cost is None else Usage(cost.prompt_tokens, cost.completion_tokens)
 
         finished_ms = self._instant_ms(time.monotonic(), started_at)
@@ -408,14 +425,23 @@ class Run:
         return ErrorMarker(ErrorCode.AGENT_ERROR, message)
 
 
-def _check_tool_call(delta: Mapping[str, Any]) -> None:
-    """Raises TypeError on what could not be joined to a function call."""
+def _tool_call_bytes(delta: Mapping[str, Any]) -> bytes:
+    """Raises TypeError on what could not be joined to a function call, ValueError on what is no JSON."""
     function = delta.get("function", {})
     if not _is_count(delta.get("index")) or not isinstance(function, Mapping):
         raise TypeError("a tool call has an integer `index` from 0 on, and its `function` is an object")
     _check_strings(
         delta.get("id"), function.get("name"), function.get("arguments"), of="a tool call: `id`, `name` and `arguments`"
     )
+    return json_bytes(delta)
+
+
+def _tool_bytes(event: Mapping[str, Any]) -> bytes:
+    """Raises TypeError on what is not a tool's name, status, call id and detail."""
+    if event["status"] not in get_args(ToolStatus):
+        raise TypeError(f"{event['status']!r} is not one of {get_args(ToolStatus)}")
+    _check_strings(event["name"] or "", event["call_id"], event["detail"], of="a tool: its name, call id and detail")
+    return json_bytes(event)
 
 
 def _check_strings(*texts: Any, of: str) -> None:
@@ -433,9 +459,6 @@ def _checked(outcome: Any) -> Outcome:
         raise TypeError(f"an agent returns an Outcome, not {type(outcome).__name__}")
     if outcome.finish_reason not in get_args(FinishReason):
         raise TypeError(f"{outcome.finish_reason!r} is not one of {get_args(FinishReason)}")
-    usage = outcome.usage
-    if usage is not None and not all(_is_count(n) for n in (usage.prompt_tokens, usage.completion_tokens)):
-        raise TypeError("usage counts tokens in whole numbers, from 0 on")
     if not isinstance(outcome.text, str | None):
         raise TypeError(f"text is a string or None, not {type(outcome.text).__name__}")
     if not isinstance(outcome.session_state, bytes | None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -17,8 +18,8 @@ MISTAKES = [
     "what is no JSON",
     "a status that there is not",
     "a name that is no string",
-    "usage that no number holds",
-    "usage below zero",
+    "a word that is no string, which it does not mind",
+    "more words than it may say, which it does not mind",
     "an error without a message",
     "an error whose message is no string",
     "half an emoji in an exception",
@@ -30,7 +31,8 @@ MISTAKES = [
 def mistaken(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Deployment]:
     folder, prefix = tmp_path_factory.mktemp("mistaken"), f"test-{secrets.token_hex(4)}"
     agent = "tests.mistaken_agent:agent"
-    with deployed(folder, redis_url, prefix, agent=agent, admin_keys=ADMIN) as deployment:
+    settings: dict[str, Any] = {"admin_keys": ADMIN, "max_answer_bytes": 2000}
+    with deployed(folder, redis_url, prefix, agent=agent, **settings) as deployment:
         yield deployment
 
 
@@ -63,3 +65,10 @@ def shown_on_the_dashboard(service: Deployment, job_id: str) -> bool:
         browser.post("/dashboard/login", data={"key": ADMIN, "next": "/dashboard/queue"})
         page = browser.get(f"/dashboard/jobs/{job_id}")
     return page.status_code == 200 and 'id="traceback"' in page.text
+
+
+@pytest.mark.parametrize("mistake", ["usage that no number holds", "usage below zero"])
+def test_a_count_that_is_none_costs_no_answer(mistaken: Deployment, mistake: str) -> None:
+    with mistaken.client() as client:
+        answer = client.chat.completions.create(model="endmark", messages=[{"role": "user", "content": mistake}])
+    assert (answer.choices[0].message.content, answer.usage and answer.usage.total_tokens) == ("42", 0)

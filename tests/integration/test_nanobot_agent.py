@@ -377,3 +377,8 @@ async def test_files_of_the_question_reach_the_model(
     assert image["image_url"]["url"] == f"data:image/png;base64,{PNG}"
     assert f"[Attachment: {home / 'media' / 'api'}" in text["text"]
     assert files_under(home / "media") == set()
+
+
+async def test_half_of_an_emoji_fails_no_turn(agent: NanobotAgent) -> None:
+    """A client may have cut its text in the middle of one."""
+    assert (await agent.run(a_turn("\ud83d [[mock k=2 i=1]]"), RecordingVoice())).finish_reason == "stop"

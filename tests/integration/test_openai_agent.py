@@ -223,3 +223,9 @@ async def test_a_server_without_keys_gets_a_placeholder(environ: Mapping[str, st
     client: Any = agent._client
     assert client.api_key == key
     await agent.aclose()
+
+
+async def test_half_of_an_emoji_fails_no_turn(agent: OpenAIAgent, upstream: ScriptedUpstream) -> None:
+    """A client may have cut its text in the middle of one; the halves of another belong together."""
+    await agent.run(a_turn("\ud83d or \ud83d\ude00 [[mock k=2 i=0]]"), RecordingVoice())
+    assert upstream.requests[-1]["messages"][-1]["content"].startswith("\ufffd or \U0001f600 ")

@@ -47,6 +47,15 @@ async def test_a_tool(agent: PydanticAIAgent) -> None:
     assert voice.all_of("tool") == [("list_dir", "started"), ("list_dir", "completed")]
 
 
+@pytest.mark.parametrize("args", ['{"path":"."}', '{"path":"/srv/da'], ids=["whole arguments", "half of them"])
+async def test_no_tool_runs_that_was_asked_for_in_a_response_that_was_cut(agent: PydanticAIAgent, args: str) -> None:
+    """It might be asked for with the half of a path, and the sentence before it is a half one, too."""
+    voice = RecordingVoice()
+    with pytest.raises(AgentError, match="stopped in the middle"):
+        await agent.run(a_turn(f"[[mock k=2 i=0 say=2 tool=list_dir args={args} fail=toolcut]]"), voice)
+    assert ("list_dir", "completed") not in voice.all_of("tool")
+
+
 @pytest.mark.parametrize("reason", ["length", "content_filter"])
 async def test_an_answer_that_was_cut_says_so(agent: PydanticAIAgent, reason: str) -> None:
     outcome = await agent.run(a_turn(f"[[mock k=6 i=0 fail={reason} at=3]]"), RecordingVoice())
@@ -75,3 +84,8 @@ async def test_what_cannot_be_read_is_a_failure(agent: PydanticAIAgent, fail: st
     with pytest.raises(Exception) as raised:
         await agent.run(a_turn(f"[[mock k=6 i=0 fail={fail} at=3]]"), RecordingVoice())
     assert not isinstance(raised.value, AssertionError)
+
+
+async def test_half_of_an_emoji_fails_no_turn(agent: PydanticAIAgent) -> None:
+    """A client may have cut its text in the middle of one."""
+    assert (await agent.run(a_turn("\ud83d [[mock k=2 i=0]]"), RecordingVoice())).finish_reason == "stop"

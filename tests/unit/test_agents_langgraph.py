@@ -274,10 +274,11 @@ async def test_a_session_of_another_agent_is_refused(state: bytes) -> None:
 
 
 async def test_any_text_can_be_remembered() -> None:
+    """Without what UTF-8 cannot say: a model that is asked over HTTP could not be told it."""
     model = scripted(["é \ud800"], ["fine"])
     first = await run(chatting(model), question="\ud800")
     await run(chatting(model), session_state=first.session_state)
-    assert [message.text for message in model.asked[1][:2]] == ["\ud800", "é \ud800"]
+    assert [message.text for message in model.asked[1][:2]] == ["\ufffd", "é \ufffd"]
 
 
 async def test_the_state_is_json() -> None:
@@ -328,6 +329,48 @@ def test_an_answer_that_its_model_did_not_end_is_a_failure(messages: list[BaseMe
 def test_code_may_have_the_last_word() -> None:
     assert finish_reason([AIMessage("a"), ToolMessage("b", tool_call_id="1")]) == "stop"
     assert finish_reason([]) == "stop"
+
+
+def of_a_provider(content: str = "", **told: str) -> AIMessageChunk:
+    return AIMessageChunk(content=content, response_metadata={"model_provider": "openai", **told})
+
+
+async def test_no_tool_runs_that_was_asked_for_in_an_answer_that_was_cut() -> None:
+    """LangChain completes the JSON of the arguments: here the tool would get the half of a path."""
+    ran: list[str] = []
+
+    @tool
+    async def delete(path: str) -> str:
+        """Deletes."""
+        ran.append(path)
+        return "deleted"
+
+    cut = [of_a_provider("I will remove the te"), call_of("delete", '{"path": "/srv/da')]
+    model = scripted(cut, ["Done.", of_a_provider(finish_reason="stop")])
+    with pytest.raises(AgentError, match="in the middle"):
+        await run(chatting(model, delete))
+    assert ran == []
+
+
+async def test_any_part_of_an_answer_that_was_cut_fails_it() -> None:
+    model = scripted([of_a_provider("The result is 4")], ["Anything else?", of_a_provider(finish_reason="stop")])
+
+    async def ask(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [await model.ainvoke(state["messages"])]}
+
+    builder = StateGraph(MessagesState).add_node("a", ask).add_node("b", ask).add_edge(START, "a").add_edge("a", "b")
+    with pytest.raises(AgentError, match="in the middle"):
+        await run(builder.compile())
+
+
+async def test_code_that_makes_another_message_of_it_does_not_make_a_cut_answer_whole() -> None:
+    model = scripted([of_a_provider("The result is 4")])
+
+    async def strip(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [AIMessage((await model.ainvoke(state["messages"])).text.strip())]}
+
+    with pytest.raises(AgentError, match="in the middle"):
+        await run(one_node(strip))
 
 
 async def test_a_failing_model_fails_the_turn() -> None:

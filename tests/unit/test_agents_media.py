@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import shutil
 import stat
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def test_a_list_that_does_not_end_with_the_user_is_to_be_continued() -> None:
 def test_text_parts_are_joined_with_a_space() -> None:
     parts = [{"type": "text", "text": "one"}, IMAGE, {"type": "text", "text": "two"}]
     assert text_of({"role": "user", "content": parts}) == "one two"
+
+
+async def test_no_file_takes_the_place_of_another(tmp_path: Path) -> None:
+    names = ["2-a.txt", "a.txt", "a.txt", "A.TXT", "3-a.txt"]
+    files = [EncodedFile(filename=name, media_type=None, encoded=PNG) for name in names]
+    async with files_on_disk(files, parent=tmp_path) as paths:
+        assert len({Path(path).name.casefold() for path in paths}) == len(names)
+
+
+async def test_an_agent_may_remove_its_files(tmp_path: Path) -> None:
+    async with files_on_disk(files_of({"role": "user", "content": [REPORT]}), parent=tmp_path) as [path]:
+        shutil.rmtree(Path(path).parent)
 
 
 async def test_files_are_written_for_this_user_only_and_removed_at_the_end(tmp_path: Path) -> None:

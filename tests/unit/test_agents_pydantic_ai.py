@@ -193,7 +193,7 @@ async def test_any_text_and_any_file_can_be_remembered() -> None:
     first = await run(agent, question=[{"type": "text", "text": "\ud800"}, {"type": "file", "file": file}])
     await run(agent, session_state=first.session_state)
     asked, answer, _ = written(seen[1])
-    assert asked == ["?", BinaryContent(b"\x00\xff", media_type="application/octet-stream")]
+    assert asked == ["\ufffd", BinaryContent(b"\x00\xff", media_type="application/octet-stream")]
     assert answer == "é ?"
 
 

@@ -5,7 +5,8 @@ graph asks, or when the step is over, if it comes from a subgraph or from code. 
 with LangGraph's own tag `nostream`, is no part of the answer, unless it ends up among the messages.
 
 Rule 1: only an answer that its model ended is whole. An unknown finish reason is a failure, and so is none at all from
-        a model that names its provider. Code and test models name none, and have ended when they return.
+        a model that names its provider, of any message that is a part of the answer: no tool runs with the half of its
+        arguments. Code and test models name none, and have ended when they return.
 Rule 2: text once said is final. A model that breaks off after it has said something fails the turn, even if the graph
         would ask again: the client would read both.
 Rule 3: a tool is announced before it runs: LangChain awaits a callback in between, and the callback awaits Redis.
@@ -19,6 +20,7 @@ import asyncio
 import json
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -36,7 +38,7 @@ from langgraph.errors import GraphRecursionError
 from langgraph.graph.state import CompiledStateGraph
 
 from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usage, Voice
-from worker.agents.media import Message, divide
+from worker.agents.media import Message, divide, well_formed
 
 # How providers say it, in lower case: in `finish_reason`, `stop_reason`, `stopReason` or `done_reason`.
 FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
@@ -66,7 +68,7 @@ class LangGraphAgent:
         self._graph = graph.copy({"checkpointer": None})
 
     async def run(self, turn: Turn, voice: Voice) -> Outcome:
-        conversation = divide(turn)
+        conversation = divide(replace(turn, messages=well_formed(turn.messages)))
         earlier = langchain_messages(conversation.earlier) if turn.owns_history else remembered(turn.session_state)
         messages = [*earlier, *langchain_messages([conversation.question])]
         speech = _Speech(voice, known=messages)
@@ -173,11 +175,15 @@ class _Speech(AsyncCallbackHandler):
                 await self._on_loop(self._voice.reasoning(block.get("reasoning") or ""))
 
     async def on_llm_end(self, response: LLMResult, *, run_id: UUID, **_: Any) -> None:
+        is_answer = run_id in self._models
         if said := self._models.pop(run_id, None):
             self._said.append("".join(said))
         for generation in (generation for batch in response.generations for generation in batch):
             if isinstance(generation, ChatGeneration) and isinstance(generation.message, AIMessage):
                 self._add_usage(generation.message)
+                if is_answer and is_cut_short(generation.message):  # and LangChain may have completed its JSON
+                    self._broken = True
+                    self.raise_if_broken()
 
     async def on_llm_error(self, *_: Any, run_id: UUID, **__: Any) -> None:
         if self._models.pop(run_id, None):
@@ -221,15 +227,23 @@ def finish_reason(messages: Sequence[BaseMessage]) -> FinishReason:
         return "stop"  # the graph's own code had the last word
     if last.tool_calls:
         raise AgentError("The agent ended before it had run its tools.")
-    told = last.response_metadata
-    reason = next((told[field] for field in REASON_FIELDS if told.get(field)), told.get("status"))
-    if reason is None and not told.get("model_provider"):
-        return "stop"
-    if reason is None:
+    if is_cut_short(last):
         raise AgentError(CUT_SHORT)
+    if (reason := _reason(last)) is None:
+        return "stop"
     if (known := FINISH_REASONS.get(str(reason).lower())) is None:
         raise AgentError("The model behind the agent ended its answer for an unknown reason.")
     return known
+
+
+def is_cut_short(message: AIMessage) -> bool:
+    """Whether a model of a provider said it, and did not say how it ended."""
+    return bool(message.response_metadata.get("model_provider")) and _reason(message) is None
+
+
+def _reason(message: AIMessage) -> Any:
+    told = message.response_metadata
+    return next((told[field] for field in REASON_FIELDS if told.get(field)), told.get("status"))
 
 
 def langchain_messages(messages: Sequence[Message]) -> list[BaseMessage]:
@@ -248,6 +262,6 @@ def state_of(messages: Sequence[BaseMessage]) -> bytes:
 def remembered(session_state: bytes | None) -> list[BaseMessage]:
     """The messages that the session's last turn left. Raises AgentError if they are not LangChain's."""
     try:
-        return messages_from_dict(json.loads(session_state or b"[]"))
+        return messages_from_dict(well_formed(json.loads(session_state or b"[]")))
     except (ValueError, KeyError, TypeError) as error:
         raise AgentError("The session was left by another agent. Start a new one.") from error

@@ -15,13 +15,15 @@ import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 from worker.agents.contract import AgentError, Turn
 
 Message = Mapping[str, Any]
+T = TypeVar("T")
 
 CONTINUE = "Please continue the conversation above."
 MAX_FILENAME_BYTES = 150  # leaves room for a numeric prefix below the usual limit of 255
@@ -57,6 +59,24 @@ def divide(turn: Turn) -> Conversation:
     if messages and messages[-1].get("role") == "user":
         return Conversation(question=messages[-1], earlier=messages[:-1])
     return Conversation(question={"role": "user", "content": CONTINUE}, earlier=messages)
+
+
+def well_formed(value: T) -> T:
+    """JSON as a model may get it: halves of surrogate pairs are joined, those without the other half become U+FFFD.
+
+    A client may send them, such as one that cuts a text in the middle of an emoji, and UTF-8 cannot say them.
+    """
+    mended: Any = value
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            mended = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    elif isinstance(value, Mapping):
+        mended = {well_formed(name): well_formed(part) for name, part in value.items()}
+    elif isinstance(value, list | tuple):
+        mended = [well_formed(part) for part in value]
+    return mended  # type: ignore[no-any-return]  # of the same kind
 
 
 def last_user_message(messages: Sequence[Message]) -> Message:
@@ -128,7 +148,7 @@ async def files_on_disk(files: Sequence[EncodedFile], *, parent: Path | None = N
     async def remove() -> None:
         # A thread cannot be cancelled: removing before it has finished would leave behind what it writes next.
         await asyncio.gather(writing, return_exceptions=True)
-        await asyncio.to_thread(shutil.rmtree, directory)
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)  # the agent may have removed it
 
     try:
         yield await asyncio.shield(writing)
@@ -140,9 +160,10 @@ def _write_files(directory: Path, files: Sequence[EncodedFile]) -> list[str]:
     taken: set[str] = set()
     paths = []
     for number, file in enumerate(files, start=1):
-        name = safe_filename(file)
-        if name.casefold() in taken:
-            name = f"{number}-{name}"
+        name = own_name = safe_filename(file)
+        numbers = count(number)
+        while name.casefold() in taken:
+            name = f"{next(numbers)}-{own_name}"
         taken.add(name.casefold())
         path = directory / name
         path.write_bytes(decode(file))

@@ -23,6 +23,7 @@ from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError
 from openai.types.chat import ChatCompletionChunk
 
 from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usage, Voice
+from worker.agents.media import well_formed
 
 # Request fields that change the answer and nothing about how it is delivered. The rest (`n`, `stream`, `store`, …) are
 # ours to answer for, or not supported.
@@ -79,12 +80,12 @@ class OpenAIAgent:
             raise AgentError(_public_message(error)) from error
 
     async def _ask(self, turn: Turn) -> AsyncStream[ChatCompletionChunk]:
-        params = {name: value for name, value in turn.params.items() if name in FORWARDED_PARAMS}
+        params = {name: well_formed(value) for name, value in turn.params.items() if name in FORWARDED_PARAMS}
         # The SDK's overloads cannot describe arguments that are only known at run time.
         create = cast(Any, self._client.chat.completions.create)
         stream = await create(
             model=self._model,
-            messages=list(turn.messages),
+            messages=well_formed(list(turn.messages)),
             stream=True,
             stream_options={"include_usage": True},
             **params,
@@ -195,12 +196,9 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _usage(usage: Mapping[str, Any]) -> Usage | None:
-    """An upstream may have left a count out; None if it counts in what are no numbers of tokens."""
-    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    if not all(isinstance(count, int) and 0 <= count < 1 << 63 for count in (prompt, completion)):
-        return None
-    return Usage(prompt_tokens=prompt, completion_tokens=completion)
+def _usage(usage: Mapping[str, int | None]) -> Usage:
+    # An upstream may have left a count out.
+    return Usage(prompt_tokens=usage.get("prompt_tokens") or 0, completion_tokens=usage.get("completion_tokens") or 0)
 
 
 def _public_message(error: APIError | JSONDecodeError) -> str:

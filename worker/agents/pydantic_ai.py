@@ -14,6 +14,7 @@ import json
 import mimetypes
 import os
 from collections.abc import AsyncIterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -50,7 +51,7 @@ from pydantic_ai.messages import (
 from pydantic_core import to_json
 
 from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usage, Voice
-from worker.agents.media import EncodedFile, Message, decode, divide, file_of, parts_of, text_of
+from worker.agents.media import EncodedFile, Message, decode, divide, file_of, parts_of, text_of, well_formed
 
 FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
     "stop": "stop",
@@ -69,7 +70,7 @@ class PydanticAIAgent:
         self._wrapped = wrapped
 
     async def run(self, turn: Turn, voice: Voice) -> Outcome:
-        conversation = divide(turn)
+        conversation = divide(replace(turn, messages=well_formed(turn.messages)))
         if turn.owns_history:
             history = await self._with_own_prompt(history_of(conversation.earlier))
         else:
@@ -120,6 +121,8 @@ class _Speech:
         """pydantic-ai calls this for each response of the model, and for each round of tools after it."""
         self.model = context.model
         self._refuse_second_try(context.messages)
+        if context.messages and isinstance(asks_for_tools := context.messages[-1], ModelResponse):
+            raise_if_cut_short(asks_for_tools, context.model)  # no tool runs with the half of its arguments
         async for event in events:
             match event:
                 case PartStartEvent(part=part):
@@ -178,11 +181,8 @@ class _Speech:
 
 def finish_reason(response: ModelResponse, model: object, *, output_by_tool: bool = False) -> FinishReason:
     """How the last response of a run ended. Raises AgentError unless its model has ended it."""
-    reason, details = response.finish_reason, response.provider_details or {}
-    if response.state != "complete":
-        raise AgentError(CUT_SHORT)
-    if is_openai_chat(model) and reason == "stop" and "finish_reason" not in details:
-        raise AgentError(CUT_SHORT)  # the reason is pydantic-ai's guess
+    raise_if_cut_short(response, model)
+    reason = response.finish_reason
     if reason is None and response.provider_url is None:  # no connection could have been cut: a test model, say
         return "stop"
     if reason is None:
@@ -192,6 +192,13 @@ def finish_reason(response: ModelResponse, model: object, *, output_by_tool: boo
     if reason not in FINISH_REASONS:
         raise AgentError("The model behind the agent ended its answer for an unknown reason.")
     return FINISH_REASONS[reason]
+
+
+def raise_if_cut_short(response: ModelResponse, model: object) -> None:
+    """Raises AgentError if the stream of the response just stopped, as far as that can be told of any of a run."""
+    guessed = response.finish_reason in ("stop", None) and "finish_reason" not in (response.provider_details or {})
+    if response.state != "complete" or (is_openai_chat(model) and guessed):  # by pydantic-ai, where none was given
+        raise AgentError(CUT_SHORT)
 
 
 def is_openai_chat(model: object) -> bool:
