@@ -16,10 +16,9 @@ from api.relay import INCOMPLETE, Relay
 from api.services import Services
 from api.submit import submit
 from api.tail import Push, StreamExpiredError, StreamUnreachableError, Tail, TailError
-from shared.connection import FAILURES
 from shared.entries import Entry, ErrorMarker, OkMarker
 from shared.jobs import ErrorCode, Submission
-from shared.store import Accepted, Left
+from shared.store import Accepted
 
 log = structlog.get_logger(__name__)
 
@@ -156,25 +155,13 @@ class Answer:
         if isinstance(error, asyncio.CancelledError):
             await asyncio.shield(self._leave("The server was stopped while the client waited."))
         elif isinstance(error, (ClientGoneError, OSError)):
-            may_come_back = self._comes_back_within_s > 0 and not self.has_been_told
-            await self._leave("The client went away.", may_come_back=may_come_back)
+            within_s = 0.0 if self.has_been_told else self._comes_back_within_s
+            await self._leave("The client went away.", comes_back_within_s=within_s)
 
-    async def _leave(self, why: str, *, may_come_back: bool = False) -> None:
-        if self._waiter is None or self.ending is not None:
-            return
-        departure = Departure(self.job_id, self._waiter, why)
-        try:
-            left = await self._services.departures.tell(departure, may_come_back=may_come_back)
-        except FAILURES as error:
-            log.warning("leave_repeated", job=self.job_id, reason=str(error))
-            self._services.departures.tell_later(departure)
-        else:
-            if left is Left.LATER:
-                self._services.errands.start(self._leave_later(why))
-
-    async def _leave_later(self, why: str) -> None:
-        await asyncio.sleep(self._comes_back_within_s)
-        await self._leave(why)
+    async def _leave(self, why: str, *, comes_back_within_s: float = 0.0) -> None:
+        if self._waiter is not None and self.ending is None:
+            departure = Departure(self.job_id, self._waiter, why)
+            await self._services.departures.tell(departure, comes_back_within_s=comes_back_within_s)
 
     async def whole(self, request: Request) -> tuple[list[Entry], OkMarker]:
         """All of it. Raises JobFailedError for every ending but a verified `ok`, or ClientGoneError."""

@@ -60,6 +60,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
     store = JobStore(redis, settings, Line(redis))
     switchboard = Switchboard(store)
     errands = Errands()
+    departures = Departures(store, errands)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -71,7 +72,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             webhooks=WebhookStore(store.redis, settings),
             switchboard=switchboard,
             errands=errands,
-            departures=Departures(store, errands),
+            departures=departures,
             started_s=int(time.time()),
         )
         async with switchboard:
@@ -81,6 +82,7 @@ def create_app(settings: Settings | None = None) -> Starlette:
             yield
             for service in services:
                 await end_task(service)
+        departures.stop()
         await errands.finish(within_s=ERRANDS_S)
         await store.aclose()
         await asyncio.to_thread(tracing.flush)

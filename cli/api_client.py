@@ -95,7 +95,7 @@ class ApiClient:
                 if answer.is_error:
                     answer.read()
                 _raise_for_status(answer)
-                yield from _parse_events(answer.iter_lines())
+                yield from _parse_events(_lines(answer.iter_bytes()))
 
     @contextmanager
     def _talk(self) -> Iterator[httpx.Client]:
@@ -129,6 +129,14 @@ def _raise_for_status(answer: httpx.Response) -> None:
         raise ApiNotFound(message)
     hint = " Give one with --key or ENDMARK_KEY." if answer.status_code in (401, 403) else ""
     raise ApiRefused(message + hint)
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[str]:
+    """Divided at line feeds only: httpx divides at every line end of Unicode, and JSON may hold some of them."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from (line.decode() for line in lines)
 
 
 def _parse_events(lines: Iterator[str]) -> Iterator[Event]:

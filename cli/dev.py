@@ -97,7 +97,8 @@ async def _supervise(stages: list[list[Child]], settings: Settings) -> None:
 
 
 def _tell(line: str) -> None:
-    with suppress(BrokenPipeError):  # nobody reads any more, as after `endmark dev | head`; serving goes on
+    with suppress(OSError, ValueError):  # nobody reads any more, as after `endmark dev | head`, or the disk is full;
+        # serving goes on
         click.echo(line)
 
 

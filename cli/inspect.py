@@ -347,7 +347,7 @@ def _all_events(api: ApiClient, job_id: str, speed: float | None) -> Iterator[Ev
     while True:
         try:
             for event in api.events(job_id, starting_after=seen, speed=speed):
-                seen = event.number or seen
+                seen, failures = event.number or seen, 0
                 yield event
                 if event.name == "end":
                     return

@@ -52,6 +52,13 @@ def fail(service: Deployment) -> str:
     return job_id
 
 
+def test_a_tail_shows_every_line_end_that_unicode_has(operated: Deployment, command: Command) -> None:
+    """In JSON they need no escape, and for some readers of lines they end a line."""
+    said = "a\u2028b\u2029c\u0085d"
+    watched = command("jobs", "tail", succeed(operated, say=[said]))
+    assert (watched.returncode, "d" in watched.stdout) == (0, True), watched.stderr
+
+
 def test_jobs_are_listed_and_counted(operated: Deployment, command: Command) -> None:
     succeeded, failed = succeed(operated, say=["a"]), fail(operated)
     table = command("jobs", "list").stdout

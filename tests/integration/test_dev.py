@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,9 +17,11 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx
 import pytest
 
+from cli import dev as cli_dev
 from cli.dev import first_steps, wait_until_serving
 from cli.environment import free_port
 from cli.supervisor import StartFailed
@@ -195,3 +198,16 @@ def test_the_metrics_of_the_api_tell_of_all_workers(shared_dev: Running) -> None
         description="two jobs that have been counted",
     )
     wait_until(lambda: scraped(url).value("endmark_workers") == 2, timeout=10, description="two workers")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "no space left"), BrokenPipeError(), ValueError("closed file")]
+)
+def test_a_line_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The supervisor's callbacks: an exception of theirs would end its care for a child."""
+
+    def echo(_line: str) -> None:
+        raise error
+
+    monkeypatch.setattr(click, "echo", echo)
+    cli_dev._tell("worker │ a line")
