@@ -119,7 +119,10 @@ class Settings(BaseSettings):
     heartbeat_interval_s: float = Field(45, gt=0, description="A silent stream gets an empty chunk this often.")
 
     stall_timeout_s: float = Field(
-        60, gt=0, description="How long a client may take nothing of its answer before its connection is closed."
+        60,
+        gt=0,
+        description="How long a client may take nothing of its answer, or send nothing of its request, before its "
+        "connection is closed.",
     )
 
     inspect_content: bool = Field(

@@ -190,47 +190,6 @@ def test_endless_headers_are_refused(service: Deployment) -> None:
     assert httpx.get(f"{service.base_url}/health").status_code == 200
 
 
-CHUNKED = (
-    b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("beginning", "endless"),
-    [
-        (b"0\r\n", b"X-Odd: " + b"y" * 4000 + b"\r\n"),
-        (b"0\r\nX-Odd: ", b"y" * 4000),
-        (b"1;odd=", b"y" * 4000),
-    ],
-    ids=["trailers", "a trailer", "a chunk's extension"],
-)
-def test_endless_bytes_around_a_body_are_refused(service: Deployment, beginning: bytes, endless: bytes) -> None:
-    """Also of somebody without a key, whose answer is complete long before."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
-        connection.sendall(CHUNKED + b"\r\n" + beginning)
-        with pytest.raises(ConnectionError):
-            for _ in range(4096):
-                connection.sendall(endless)
-    assert httpx.get(f"{service.base_url}/health").status_code == 200
-
-
-def test_a_trailer_is_no_header(service: Deployment) -> None:
-    """A proxy in front of the API checks headers, and may pass trailers on."""
-    body = json.dumps({"messages": HELLO}).encode()
-    chunk = b"%x\r\n%b\r\n0\r\n" % (len(body), body)
-    key = f"Authorization: Bearer {KEY}\r\n".encode()
-
-    def ask(head: bytes, trailer: bytes) -> bytes:
-        with socket.create_connection(("127.0.0.1", service.port), timeout=20) as connection:
-            connection.sendall(CHUNKED + b"Connection: close\r\n" + head + b"\r\n" + chunk + trailer + b"\r\n")
-            return b"".join(iter(lambda: connection.recv(65536), b""))
-
-    assert ask(b"", key).startswith(b"HTTP/1.1 401 ")
-    answer = ask(key, b"X-Request-Id: from-a-trailer\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert b"from-a-trailer" not in answer
-
-
 def test_a_malformed_form_is_refused(http: httpx.Client) -> None:
     headers = {"content-type": "multipart/form-data"}
     assert_refused(http.post("/v1/chat/completions", content=b"x", headers=headers), 400, code="invalid_form")

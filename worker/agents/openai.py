@@ -106,7 +106,7 @@ async def _relay(stream: AsyncStream[ChatCompletionChunk], voice: Voice) -> Outc
         if not chunk.get("choices"):
             continue
         choice = chunk["choices"][0]
-        if choice.get("finish_reason") is not None:
+        if choice.get("finish_reason"):  # some end with an empty one behind it
             finish_reason = choice["finish_reason"]
         delta = choice.get("delta") or {}
         # Not in OpenAI's own API, but in that of DeepSeek, vLLM, OpenRouter, …
