@@ -34,7 +34,7 @@ async def read_chat_body(request: Request, settings: Settings) -> Any:
     """
     content_type, _ = parse_options_header(request.headers.get("content-type", ""))
     if content_type.lower() == b"multipart/form-data":
-        async with open_form(request, settings.max_body_bytes) as form:
+        async with open_form(request, settings.max_body_bytes, files_in="files") as form:
             return await _form_to_json(form, settings.max_file_bytes)
     return await read_json(request, settings.max_body_bytes)
 
@@ -108,13 +108,18 @@ def _limit_body(request: Request, limit: int) -> None:
 
 
 @asynccontextmanager
-async def open_form(request: Request, limit: int) -> AsyncIterator[FormData]:
+async def open_form(request: Request, limit: int, *, files_in: str | None) -> AsyncIterator[FormData]:
     """The fields and files of a form, which are gone when the block ends. `limit` is that of the whole body, in bytes.
+
+    `files_in`: the field that holds files; None: there are none, and it may be the kind of form that has none.
 
     Raises PayloadTooLargeError before more than the limit has been read, and InvalidRequestError.
     """
     _limit_body(request, limit)
-    _, options = parse_options_header(request.headers.get("content-type", ""))
+    content_type, options = parse_options_header(request.headers.get("content-type", ""))
+    # To read the other kind of form takes much longer.
+    if files_in is not None and content_type.lower() != b"multipart/form-data":
+        raise InvalidRequestError("A form with files must be multipart/form-data.", code="invalid_form", param=files_in)
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):  # some of Python's codecs are quadratic
         raise InvalidRequestError("A form must be encoded in UTF-8.", code="invalid_form")
     try:

@@ -35,7 +35,7 @@ FORM_BYTES: Final = 64 * 1024  # what a form may hold beside its file
 async def create(request: Request) -> Response:
     services, tenant = services_of(request), _tenant(request)
     max_bytes = services.settings.max_file_bytes
-    async with open_form(request, max_bytes + FORM_BYTES) as form:
+    async with open_form(request, max_bytes + FORM_BYTES, files_in="file") as form:
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
             raise InvalidRequestError("`file` must be a file.", param="file")

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import click
 from pydantic import ValidationError
@@ -102,6 +104,16 @@ def require_free_port(host: str, port: int, choice: str = f"--port or {VARIABLE_
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise PortTaken(host, port, choice) from error
+
+
+def allow_many_connections() -> None:
+    """Lets this process open as many files as it may: each open stream is one, and the usual limit is 1,024.
+
+    asyncio has no trouble with more, unlike programs that use `select`, for which the limit is kept low.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS has a limit that it does not tell
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def without_password(redis_url: str) -> str:

@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 
 from cli import inspect
-from cli.environment import RedisUnreachable, UnusableAgent, override, read_settings, require_free_port, variable
+from cli.environment import (
+    RedisUnreachable,
+    UnusableAgent,
+    allow_many_connections,
+    override,
+    read_settings,
+    require_free_port,
+    variable,
+)
 
 _host = click.option("--host", help="The address that the API binds (ENDMARK_HOST).")
 _port = click.option(
@@ -58,6 +66,7 @@ def api(host: str | None, port: int | None, redis_url: str | None) -> None:
     override(host=host, port=port, redis_url=redis_url)
     settings = read_settings()
     require_free_port(settings.host, settings.port)
+    allow_many_connections()
     uvicorn.run(
         "api.app:create_app",
         factory=True,

@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 
 import orjson
 
-MAX_CONTAINERS = 200_000  # lists and objects of JSON that we accept
+# Of JSON that we accept. To look at many values takes long, and nobody else is served meanwhile.
+MAX_CONTAINERS = 200_000  # lists and objects
+MAX_VALUES = 500_000  # in all of them
+MAX_COMMAS = 2_000_000  # also in strings, where they are none between values: what is counted before it is parsed
 MAX_DEPTH = 200  # of JSON that we accept; orjson writes up to 254 levels
 
 
@@ -59,6 +62,8 @@ def parse_json(data: bytes) -> Any:
 
 def parse_strangers_json(data: bytes) -> Any:
     """The same of a document that anybody may have written: ValueError also for what exceeds our limits."""
+    if data.count(b",") > MAX_COMMAS:
+        raise ValueError("too many values")
     value = parse_json(data)
     _refuse_excess(value)
     return value
@@ -66,14 +71,17 @@ def parse_strangers_json(data: bytes) -> Any:
 
 def _refuse_excess(value: Any) -> None:
     """What is read has to be looked at and written again: too many containers stall everybody, too deep ones fail."""
-    level, containers = [value], 0
+    level, containers, values = [value], 0, 0
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
         for parent in level:
             if isinstance(parent, (dict, list)):
                 containers += 1
+                values += len(parent)
                 if containers > MAX_CONTAINERS:
                     raise ValueError("too many lists and objects")
+                if values > MAX_VALUES:
+                    raise ValueError("too many values")
                 children = parent.values() if isinstance(parent, dict) else parent
                 inner += [child for child in children if isinstance(child, (dict, list))]
         if not inner:

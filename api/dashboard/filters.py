@@ -12,6 +12,7 @@ FIELDS = ("status", "kind", "model", "session", "tenant", "code", "worker", "sin
 COUNTED = ("kind", "model", "tenant", "since", "until")  # filters that the quick filters' numbers heed
 PERIODS = {"15m": "the last 15 minutes", "1h": "the last hour", "24h": "the last day"}
 _PAIR = re.compile(r"metadata\[(.*)\]", re.DOTALL)
+_INSTANT = re.compile(r"[0-9]{1,15}")  # ms
 _AGE = re.compile(r"(\d{1,6})([smhd])")
 _UNITS_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -58,7 +59,7 @@ class Filters:
         """As the bulk actions want them."""
         fields: dict[str, Any] = {**self.fields, **self._since(now_ms)}
         for name in ("since", "until"):
-            if name in fields and str(fields[name]).isascii() and str(fields[name]).isdecimal():
+            if _INSTANT.fullmatch(str(fields.get(name, ""))):  # the bulk actions say what is wrong with anything else
                 fields[name] = int(fields[name])
         return fields | {"metadata": dict(self.metadata)}
 

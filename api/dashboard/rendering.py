@@ -76,8 +76,12 @@ def ago(at_ms: float, now_ms: float) -> str:
 
 
 def instant(at_ms: float) -> str:
-    """In UTC, with milliseconds."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"
+    """In UTC, with milliseconds; a number where no calendar has it, as somebody may type into a filter."""
+    try:
+        at = datetime.fromtimestamp(at_ms / 1000, UTC)
+    except (OverflowError, ValueError, OSError):
+        return f"{at_ms:.0f} ms"
+    return at.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"
 
 
 def clock(at_ms: float) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import httpx
 
@@ -119,6 +120,33 @@ def test_a_filter_that_makes_no_sense_is_told_on_a_page(own_service: Start) -> N
         assert client.post("/dashboard/queue/pause", data={"for_s": "-1"}).status_code == 400
         assert client.post("/dashboard/jobs/chatcmpl-none/explode").status_code == 404
         assert client.post("/dashboard/workers/nobody/drain").status_code == 404
+
+
+def test_an_instant_beyond_every_calendar_is_a_number(own_service: Start) -> None:
+    """The API takes it; what it chooses must be shown, and not only done."""
+    service = own_service(admin_keys=ADMIN, workers=0)
+    digits = "9" * 5000
+    with logged_in(service.base_url) as client:
+        for path in ("bulk?action=cancel&since=999999999999999", "jobs?until=253402300800000"):
+            assert client.get(f"/dashboard/{path}").status_code == 200, path
+        far = client.post("/dashboard/bulk", data={"action": "cancel", "until": "253402300800000"})
+        assert far.status_code == 200
+        assert client.post("/dashboard/bulk", data={"action": "cancel", "since": digits}).status_code == 400
+        assert client.post("/dashboard/queue/pause", data={"for_s": digits}).status_code == 400
+
+
+def test_who_sends_a_login_slowly_takes_nobodys_place(own_service: Start) -> None:
+    service = own_service(admin_keys=ADMIN, workers=0)
+    head = (
+        f"POST /dashboard/login HTTP/1.1\r\nHost: 127.0.0.1:{service.port}\r\nOrigin: {service.base_url}\r\n"
+        "Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 100\r\n\r\nke"
+    )
+    with ExitStack() as stack:
+        for _ in range(20):
+            connection = socket.create_connection(("127.0.0.1", service.port), timeout=20)
+            stack.enter_context(closing(connection)).sendall(head.encode())
+        with logged_in(service.base_url):
+            pass
 
 
 def test_what_comes_after_the_look_is_not_acted_on(own_service: Start) -> None:

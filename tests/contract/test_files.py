@@ -360,6 +360,12 @@ def test_a_bad_expiry_is_told_what_is_wrong(
     assert_refused(http.post("/v1/files", data=data, files=FILE), 400, param=param)
 
 
+def test_a_form_that_can_hold_no_file_is_refused(http: httpx.Client) -> None:
+    answer = http.post("/v1/files", data={"purpose": "user_data", "file": "text"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_form")
+    assert "multipart/form-data" in answer.json()["error"]["message"]
+
+
 def test_an_upload_that_is_no_form_is_refused(http: httpx.Client) -> None:
     assert_refused(http.post("/v1/files", json={"purpose": "user_data"}), 400, param="file")
     headers = {"content-type": "multipart/form-data; boundary=x"}

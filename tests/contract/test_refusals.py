@@ -163,7 +163,7 @@ def test_unknown_routes_and_methods_are_refused(http: httpx.Client) -> None:
 def test_a_body_of_very_many_elements_is_refused_without_looking_at_each(http: httpx.Client, body: Any) -> None:
     response = http.post("/v1/chat/completions", json=body)
     assert_refused(response, 400)
-    assert re.search("more than 10000|too many lists and objects", response.json()["error"]["message"])
+    assert re.search("more than 10000|too many lists and objects|too many values", response.json()["error"]["message"])
 
 
 def test_deep_json_is_refused(http: httpx.Client) -> None:

@@ -110,3 +110,14 @@ def test_an_agent_that_cannot_be_built_is_explained() -> None:
     completed = endmark("worker", ENDMARK_AGENT="no_such_module:agent")
     assert completed.returncode == 2
     assert "Error: ENDMARK_AGENT=no_such_module:agent: there is no module 'no_such_module'" in completed.stderr
+
+
+def test_the_api_may_have_more_connections_than_the_usual_limit() -> None:
+    """The limit of many systems, 1,024, would be reached by as many open streams."""
+    program = (
+        "import resource as r; from cli.environment import allow_many_connections as allow;"
+        "most = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (256, most)); allow();"
+        "print(r.getrlimit(r.RLIMIT_NOFILE) == (most, most))"
+    )
+    completed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert completed.stdout == "True\n"

@@ -62,6 +62,22 @@ def test_values_that_json_has_survive(value: Any) -> None:
     assert parse_json(json_bytes(value)) == value
 
 
+@pytest.mark.parametrize(
+    "document",
+    [b"[" + b"1," * 600_000 + b"1]", b"[" + b"[1,1]," * 190_000 + b"[1]]", b'["' + b"," * 2_100_000 + b'"]'],
+    ids=["one list", "many lists", "one text"],
+)
+def test_very_many_values_are_refused(document: bytes) -> None:
+    """To look at each of them would hold up everybody else."""
+    with pytest.raises(ValueError, match="too many values"):
+        parse_strangers_json(document)
+
+
+def test_a_long_text_is_one_value() -> None:
+    text = "one, two, three and four; " * 400_000
+    assert parse_strangers_json(json_bytes({"text": text})) == {"text": text}
+
+
 @pytest.mark.parametrize("depth", [100, 199, 300, 990, 1000, 1010, 1024, 1100, 100_000])
 def test_what_is_nested_too_deeply_is_refused_when_it_is_read(depth: int) -> None:
     """Not later: a request that was read is stored as JSON again, and must not fail then."""
