@@ -44,7 +44,7 @@ format: $(VENV)/.dev ## repair what ruff can repair
 bench: $(VENV)/.dev ## the goals of docs/performance.md, each beside what this machine does, in five minutes
 	$(BIN)/python -m benchmarks.short $(ARGS)
 
-bench-full: $(VENV)/.bench ## every benchmark, in about an hour, and docs/performance.md with its plots
+bench-full: $(VENV)/.bench ## every benchmark, in a bit more than an hour, and docs/performance.md with its plots
 	$(BIN)/python -m benchmarks.full $(ARGS)
 
 clean: ## remove the environment and every cache; data in .endmark stays
