@@ -74,7 +74,7 @@ class Departures:
                 departure = self._unheard.pop()
                 try:
                     await insist(partial(self._tell, departure, may_come_back=False))
-                except FAILURES:  # one that will not pass must not keep the others
+                except Exception:  # one that will not pass must not keep the others
                     log.exception("leave_failed", job=departure.job_id)
         finally:
             self._is_telling = False

@@ -68,7 +68,9 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     # -- what comes in -------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        if self._is_deaf:
+        if self._framing_bytes == 0:
+            data = data.lstrip(b"\r\n")  # of empty lines before a request no head has begun (RFC 9112, 2.2)
+        if self._is_deaf or not data:
             return
         self._framing_bytes += len(data)
         self._unset_keepalive_if_required()
@@ -83,6 +85,7 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
                 self._refuse("The request's trailers or chunk extensions are too large.")
         if self._framing_bytes or self._arrival_watch is not None:
             self._watch_arrival()
+        self._watch_idleness()
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -151,6 +154,15 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         if self._arrival_watch is None and not is_whole and not self._is_deaf and not self.transport.is_closing():
             self._arrival_watch = self.loop.call_later(self.stall_timeout_s, self._arrives_no_further)
 
+    def _watch_idleness(self) -> None:
+        """Behind an answer that was complete before its request: uvicorn's own watch ends with what comes in."""
+        cycle: RequestResponseCycle | None = self.cycle
+        is_idle = self._framing_bytes == 0 and cycle is not None and cycle.response_complete
+        if is_idle and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
     def _arrives_no_further(self) -> None:
         self._arrival_watch = None
         if self.flow.read_paused:  # it is we who do not take it
@@ -190,6 +202,7 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
         self._end_watch()
         if self._arrival_watch is not None:
             self._arrival_watch.cancel()
+        self._unset_keepalive_if_required()  # uvicorn leaves it armed if the connection was reset
         super().connection_lost(exc)
         if self._gone is not None:
             self._gone()

@@ -39,6 +39,9 @@ class ReplayedAnswer(Response):
         try:
             async with answer.follow(scope, receive) as tail:
                 await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+                if scope["method"] == "HEAD":  # for the client the answer ends here
+                    await send({"type": "http.response.body", "body": b""})
+                    return
                 try:
                     await self._say(send, encoder.opening())
                     said_ms = 0

@@ -110,6 +110,10 @@ class StreamedAnswer(Response):
             except BaseException:
                 async with following:
                     raise
+            if scope["method"] == "HEAD":  # for the client the answer ends here
+                async with following:
+                    await send({"type": "http.response.body", "body": b""})
+                return
         except (ClientGoneError, OSError):
             return
         await call_outside(scope, partial(self._go_on, following, scope.get(SERVER_SEND, send), frames))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -51,8 +52,10 @@ class Errands:
             log.error("errand_failed", exc_info=error)
 
     async def finish(self, within_s: float) -> None:
-        """Waits for all; what takes longer is cancelled."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=within_s)
+        """Waits for all, and for those that they begin; what takes longer is cancelled."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._tasks:
+                    await asyncio.wait(set(self._tasks))
         for task in list(self._tasks):
             await end_task(task)

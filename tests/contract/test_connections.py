@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -33,6 +34,18 @@ def to_its_end(connection: socket.socket) -> bytes:
     with suppress(ConnectionError):
         while data := connection.recv(65536):
             received += data
+    return received
+
+
+def answer_on(connection: socket.socket) -> bytes:
+    """The next answer, whole, of those whose length is told."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += connection.recv(65536)
+    head_bytes = received.index(b"\r\n\r\n") + 4
+    [length] = re.findall(rb"content-length: (\d+)", received[:head_bytes])
+    while len(received) < head_bytes + int(length):
+        received += connection.recv(65536)
     return received
 
 
@@ -107,10 +120,9 @@ def test_an_upgrade_is_ignored_and_the_body_is_a_body(service: Deployment, proto
             connection.sendall(request[head_bytes:])
         else:
             connection.sendall(request)
-        answer = connection.recv(65536)
-        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer_on(connection).startswith(b"HTTP/1.1 200 ")
         connection.sendall(HEALTH)
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200 "), "the connection goes on"
+        assert answer_on(connection).startswith(b"HTTP/1.1 200 "), "the connection goes on"
 
 
 def test_a_request_inside_of_an_upgrades_body_is_none(service: Deployment) -> None:
@@ -130,6 +142,48 @@ def test_a_tunnel_is_refused(service: Deployment) -> None:
     with connected(service) as connection:
         connection.sendall(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n")
         assert connection.recv(65536).split(b" ", 2)[1] in (b"400", b"404", b"405")
+
+
+# -- requests that follow each other -----------------------------------------------------------------------------------
+
+
+def test_an_empty_line_between_requests_begins_none(own_service: Start) -> None:
+    """Some send one behind a body. What is not begun is not answered with a 408."""
+    service = own_service(stall_timeout_s=1)
+    with connected(service) as connection:
+        connection.sendall(HEALTH + b"\r\n")
+        assert answer_on(connection).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"\r\n" + HEALTH)
+        assert answer_on(connection).startswith(b"HTTP/1.1 200 ")
+        assert to_its_end(connection) == b""
+
+
+def test_a_connection_whose_request_ended_behind_its_answer_is_closed_when_it_is_idle(own_service: Start) -> None:
+    service = own_service(stall_timeout_s=1)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+    with connected(service) as connection:
+        connection.sendall(head)
+        assert answer_on(connection).startswith(b"HTTP/1.1 401 ")
+        connection.sendall(b"{}")
+        assert to_its_end(connection) == b""
+
+
+def test_a_stream_that_is_asked_for_its_head_only_ends_there(service: Deployment, tmp_path: Path) -> None:
+    """The next request on the connection follows at once, however long the job runs."""
+    gate = tmp_path / "gate"
+    body = {"messages": script(say=["a"], waits_for=str(gate)), "stream": True, "on_disconnect": "continue"}
+    before = set(service.job_ids())
+    with service.http() as http, http.stream("POST", "/v1/chat/completions", json=body):
+        [job_id] = wait_until(lambda: set(service.job_ids()) - before, timeout=10, description="the job")
+        with connected(service) as connection:
+            connection.sendall(f"HEAD /v1/jobs/{job_id}/events HTTP/1.1\r\n".encode() + AUTHORIZED + b"\r\n")
+            head = connection.recv(65536)
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert b"text/event-stream" in head
+            connection.sendall(HEALTH)
+            assert answer_on(connection).startswith(b"HTTP/1.1 200 ")
+        gate.touch()
+    service.wait_for_status(job_id, Status.SUCCEEDED)
 
 
 # -- one request at a time ---------------------------------------------------------------------------------------------

@@ -352,6 +352,19 @@ async def test_no_tool_runs_that_was_asked_for_in_an_answer_that_was_cut() -> No
     assert ran == []
 
 
+async def test_a_graph_may_ask_again_if_a_model_has_said_nothing() -> None:
+    """As Gemini does that gives no candidates: a message without text, tools and finish reason."""
+    model = scripted([of_a_provider()], ["Hello.", of_a_provider(finish_reason="stop")])
+
+    async def insist(state: MessagesState) -> dict[str, Any]:
+        answer = await model.ainvoke(state["messages"])
+        return {"messages": [answer if answer.text else await model.ainvoke(state["messages"])]}
+
+    voice = RecordingVoice()
+    assert (await run(one_node(insist), voice)).finish_reason == "stop"
+    assert voice.whole_text == "Hello."
+
+
 async def test_any_part_of_an_answer_that_was_cut_fails_it() -> None:
     model = scripted([of_a_provider("The result is 4")], ["Anything else?", of_a_provider(finish_reason="stop")])
 

@@ -8,18 +8,22 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 from pydantic import BaseModel
 from pydantic_ai import Agent, ModelRetry
 from pydantic_ai.exceptions import ModelAPIError, ModelHTTPError
 from pydantic_ai.messages import BinaryContent, ModelMessage, ModelResponse, NativeToolCallPart, NativeToolReturnPart
+from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, DeltaThinkingPart, DeltaToolCall, FunctionModel
+from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.models.test import TestModel
+from pydantic_ai.providers.openai import OpenAIProvider
 from pydantic_ai.tools import DeferredToolRequests
 
 from tests.speaking import RecordingVoice, a_turn
 from tests.waiting import async_wait_until
 from worker.agents.contract import AgentError, Outcome, ToolStatus, Usage
-from worker.agents.pydantic_ai import PydanticAIAgent, content_of, finish_reason, history_of, is_openai_chat
+from worker.agents.pydantic_ai import PydanticAIAgent, content_of, finish_reason, history_of, is_from_openai_chat
 
 
 async def run(agent: Agent[Any, Any], voice: RecordingVoice | None = None, **turn: Any) -> Outcome:
@@ -277,10 +281,11 @@ def test_an_answer_that_its_model_did_not_end_is_a_failure(ended: ModelResponse,
 
 
 def test_a_reason_that_pydantic_ai_made_up_is_none() -> None:
-    openai = type("OpenAIChatModel", (), {})()
-    assert finish_reason(response("stop", provider_details={"finish_reason": "stop"}), openai) == "stop"
+    openai = type("OpenAIChatModel", (), {"system": "openai"})()
+    told = {"finish_reason": "stop"}
+    assert finish_reason(response("stop", provider_name="openai", provider_details=told), openai) == "stop"
     with pytest.raises(AgentError, match="in the middle"):
-        finish_reason(response("stop"), openai)
+        finish_reason(response("stop", provider_name="openai"), openai)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +374,19 @@ async def test_a_cancelled_run_stops_where_it_is(where: str) -> None:
 
 
 def test_a_wrapped_openai_model_is_known() -> None:
-    openai = type("OpenAIChatModel", (), {})()
+    openai = type("OpenAIChatModel", (), {"system": "openai"})()
     wrapper = type("WrapperModel", (), {"wrapped": openai})()
     fallback = type("FallbackModel", (), {"models": [TestModel(), wrapper]})()
-    assert [is_openai_chat(model) for model in (openai, wrapper, fallback, TestModel())] == [True, True, True, False]
+    models = (openai, wrapper, fallback, TestModel())
+    theirs, others = ModelResponse([], provider_name="openai"), ModelResponse([], provider_name="xai")
+    assert [is_from_openai_chat(theirs, model) for model in models] == [True, True, True, False]
+    assert [is_from_openai_chat(others, model) for model in models] == [False] * 4
+
+
+async def test_a_model_that_stands_in_for_another_is_not_judged_as_that_one() -> None:
+    """It has ended when it returns; of OpenAI's it would be asked for the reason."""
+    client = AsyncOpenAI(api_key="none", base_url="http://127.0.0.1:9/v1", max_retries=0)
+    nobody = OpenAIChatModel("nobody", provider=OpenAIProvider(openai_client=client))
+    voice = RecordingVoice()
+    outcome = await run(Agent(FallbackModel(nobody, saying(["Come back ", "later."]))), voice)
+    assert (outcome.finish_reason, voice.whole_text) == ("stop", "Come back later.")

@@ -67,6 +67,15 @@ async def test_who_waits_for_a_client_to_come_back_stops_waiting_when_the_proces
     assert store.told == [("a", True), ("a", False)]
 
 
+async def test_a_process_that_stops_waits_for_what_redis_does_not_hear_at_once() -> None:
+    store = Store(Left.LATER, RedisConnectionError("away"), RedisConnectionError("away"))
+    departures, errands = departures_to(store)
+    await departures.tell(departure(), comes_back_within_s=A_LONG_TIME_S)
+    departures.stop()
+    await errands.finish(within_s=5)
+    assert store.told == [("a", True), ("a", False)]
+
+
 @pytest.mark.parametrize("error", [RedisConnectionError("away"), ResponseError("ERR this one will not pass")])
 async def test_one_that_redis_does_not_hear_keeps_no_other_from_being_told(error: Exception) -> None:
     away = [RedisConnectionError("away") for _ in range(3)]

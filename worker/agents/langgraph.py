@@ -175,15 +175,20 @@ class _Speech(AsyncCallbackHandler):
                 await self._on_loop(self._voice.reasoning(block.get("reasoning") or ""))
 
     async def on_llm_end(self, response: LLMResult, *, run_id: UUID, **_: Any) -> None:
-        is_answer = run_id in self._models
-        if said := self._models.pop(run_id, None):
+        is_answer, said = run_id in self._models, self._models.pop(run_id, None)
+        if said:
             self._said.append("".join(said))
         for generation in (generation for batch in response.generations for generation in batch):
             if isinstance(generation, ChatGeneration) and isinstance(generation.message, AIMessage):
                 self._add_usage(generation.message)
-                if is_answer and is_cut_short(generation.message):  # and LangChain may have completed its JSON
-                    self._broken = True
-                    self.raise_if_broken()
+                if is_answer and is_cut_short(generation.message):
+                    self._refuse_cut(generation.message, said=bool(said))
+
+    def _refuse_cut(self, message: AIMessage, *, said: bool) -> None:
+        """Of a response with neither text nor tools nothing was lost; the graph may ask again."""
+        self._broken = self._broken or said
+        if said or message.tool_calls or message.invalid_tool_calls:  # LangChain completes the JSON of a tool call
+            raise AgentError(CUT_SHORT)
 
     async def on_llm_error(self, *_: Any, run_id: UUID, **__: Any) -> None:
         if self._models.pop(run_id, None):

@@ -197,16 +197,19 @@ def finish_reason(response: ModelResponse, model: object, *, output_by_tool: boo
 def raise_if_cut_short(response: ModelResponse, model: object) -> None:
     """Raises AgentError if the stream of the response just stopped, as far as that can be told of any of a run."""
     guessed = response.finish_reason in ("stop", None) and "finish_reason" not in (response.provider_details or {})
-    if response.state != "complete" or (is_openai_chat(model) and guessed):  # by pydantic-ai, where none was given
+    if response.state != "complete" or (guessed and is_from_openai_chat(response, model)):  # where none was given
         raise AgentError(CUT_SHORT)
 
 
-def is_openai_chat(model: object) -> bool:
-    """Whether a model, or one that it wraps, speaks OpenAI's chat completions. Its class may not be installed."""
+def is_from_openai_chat(response: ModelResponse, model: object) -> bool:
+    """Whether the model, or that of those which it wraps whose response it is, speaks OpenAI's chat completions.
+
+    Its class may not be installed.
+    """
     if any(base.__name__ == "OpenAIChatModel" for base in type(model).__mro__):
-        return True
+        return bool(getattr(model, "system", None) == response.provider_name)
     inner = [*getattr(model, "models", ()), getattr(model, "wrapped", None)]
-    return any(is_openai_chat(other) for other in inner if other is not None)
+    return any(is_from_openai_chat(response, other) for other in inner if other is not None)
 
 
 def _public_message(error: Exception) -> str | None:
