@@ -69,7 +69,10 @@ class ApiClient:
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         keys = [secret.get_secret_value() for secret in settings.admin_keys]
         keys += [tenant_key.key.decode() for tenant_key in settings.tenant_keys]
-        return cls(url=(url or f"http://{host}:{settings.port}").rstrip("/"), key=key or next(iter(keys), ""))
+        base_url = (url or f"http://{host}:{settings.port}").rstrip("/").removesuffix("/v1")
+        if not base_url.startswith(("http://", "https://")):
+            raise click.UsageError(f"--url or ENDMARK_URL is {url!r}: it must begin with http:// or https://.")
+        return cls(url=base_url, key=key or next(iter(keys), ""))
 
     def get(self, path: str, query: Mapping[str, Any] | None = None) -> Any:
         return self._ask("GET", path, params=_given(query))

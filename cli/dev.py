@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
 import click
 from rich.console import Console
@@ -38,6 +39,8 @@ def run(*, data_dir: Path, workers: int) -> None:
         settings = read_settings()
     require_free_port(settings.host, settings.port)
     choice = choose_agent(settings, os.environ)
+    if choice.name == "openai" and _is_ours(os.environ.get("OPENAI_BASE_URL", ""), settings):
+        raise AsksItself(os.environ["OPENAI_BASE_URL"])
     console = Console(highlight=False, soft_wrap=True)
 
     with ExitStack() as stack:
@@ -56,6 +59,27 @@ def run(*, data_dir: Path, workers: int) -> None:
         console.print("[bold]data[/]    ", end="")
         console.print(kept, markup=False)
         asyncio.run(_supervise([first_stage, *_stages(settings, workers, metrics_folder)], settings))
+
+
+class AsksItself(click.ClickException):
+    """The agent would ask the model of this very deployment."""
+
+    exit_code = 2
+
+    def __init__(self, base_url: str) -> None:
+        super().__init__(
+            f"OPENAI_BASE_URL={base_url} is the address that Endmark is about to serve: the agent `openai` would ask "
+            "itself. Unset it and OPENAI_API_KEY in this shell, or name another agent: ENDMARK_AGENT=echo."
+        )
+
+
+def _is_ours(base_url: str, settings: Settings) -> bool:
+    url = urlsplit(base_url)
+    hosts = {"localhost", "127.0.0.1", "::1", settings.host}
+    try:
+        return url.hostname in hosts and (url.port or 80) == settings.port
+    except ValueError:  # no port at all
+        return False
 
 
 def _stages(settings: Settings, workers: int, metrics_folder: str) -> list[list[Child]]:

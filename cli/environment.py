@@ -15,6 +15,7 @@ import resource
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
+from difflib import get_close_matches
 
 import click
 from pydantic import ValidationError
@@ -23,6 +24,8 @@ from pydantic_core import ErrorDetails
 from shared.settings import Settings
 
 VARIABLE_PREFIX = "ENDMARK_"
+# Of commands that talk to an API, of docker-compose.yml, and of the tests.
+_OF_OTHERS = frozenset({"ENDMARK_IMAGE", "ENDMARK_KEY", "ENDMARK_PUBLISH", "ENDMARK_TEST_REDIS_SERVER", "ENDMARK_URL"})
 # No value of these is shown: a URL may carry a password, and whoever receives webhooks may know senders by it.
 _SECRET_FIELDS = frozenset({"admin_keys", "api_keys", "redis_url", "webhook_secret", "webhook_url"})
 
@@ -88,6 +91,16 @@ def read_settings() -> Settings:
         return Settings()
     except ValidationError as invalid:
         raise InvalidSettings(invalid) from invalid
+
+
+def warn_of_unknown_settings() -> None:
+    """Names each ENDMARK_ variable that nothing reads: one that is misspelt would otherwise be left out in silence."""
+    known = {variable(field) for field in Settings.model_fields}
+    for name in sorted(set(os.environ) - known - _OF_OTHERS):
+        if name.startswith(VARIABLE_PREFIX):
+            meant = get_close_matches(name.removeprefix(VARIABLE_PREFIX).lower(), Settings.model_fields, n=1)
+            hint = f"; did you mean {variable(meant[0])}?" if meant else "; docs/settings.md lists all there are"
+            click.echo(f"Warning: {name} is no setting and is ignored{hint}", err=True)
 
 
 def require_free_port(host: str, port: int, choice: str = f"--port or {VARIABLE_PREFIX}PORT") -> None:

@@ -468,7 +468,7 @@ def _quiet_interrupt() -> Iterator[None]:
 
 @click.command()
 @click.option("--every", "every_s", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="Seconds.")
-@click.option("--once", is_flag=True, help="Print it once.")
+@click.option("--once", is_flag=True, help="Print it once, as into a pipe.")
 @talks_to_the_api
 def top(api: ApiClient, as_json: bool, every_s: float, once: bool) -> None:
     """Watch the queue, the workers and what they run (operators)."""
@@ -477,7 +477,7 @@ def top(api: ApiClient, as_json: bool, every_s: float, once: bool) -> None:
     if as_json:
         _print_json(_snapshot(api))
         return
-    if once:
+    if once or not sys.stdout.isatty():
         Console().print(_dashboard(_snapshot(api)))
         return
     with _quiet_interrupt(), Live(_dashboard(_snapshot(api)), auto_refresh=False, screen=True) as live:

@@ -16,6 +16,7 @@ from cli.environment import (
     read_settings,
     require_free_port,
     variable,
+    warn_of_unknown_settings,
 )
 
 _host = click.option("--host", help="The address that the API binds (ENDMARK_HOST).")
@@ -65,6 +66,7 @@ def api(host: str | None, port: int | None, redis_url: str | None) -> None:
 
     override(host=host, port=port, redis_url=redis_url)
     settings = read_settings()
+    warn_of_unknown_settings()
     require_free_port(settings.host, settings.port)
     allow_many_connections()
     uvicorn.run(
@@ -96,6 +98,7 @@ def worker(redis_url: str | None) -> None:
 
     override(redis_url=redis_url)
     settings = read_settings()  # so that a wrong one is explained before the worker reads them again
+    warn_of_unknown_settings()
     if settings.metrics_port:
         require_free_port(settings.metrics_host, settings.metrics_port, variable("metrics_port"))
     try:

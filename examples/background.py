@@ -1,6 +1,7 @@
 """Ask in the background, go away, come back: the stream goes on where it was left, on any replica.
 
-python examples/background.py "text"
+export OPENAI_BASE_URL=http://127.0.0.1:8900/v1 OPENAI_API_KEY=not-needed
+.venv/bin/python examples/background.py "text"
 """
 
 import sys

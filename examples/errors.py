@@ -1,7 +1,8 @@
 """Tell a whole answer from a broken one: the loop ends only after a whole one, everything else raises APIError.
 
-python examples/errors.py            one answer that is whole, one request that is refused
-python examples/errors.py "text"     the same with a text of yours
+export OPENAI_BASE_URL=http://127.0.0.1:8900/v1 OPENAI_API_KEY=not-needed
+.venv/bin/python examples/errors.py            one answer that is whole, one request that is refused
+.venv/bin/python examples/errors.py "text"     the same with a text of yours
 """
 
 import sys

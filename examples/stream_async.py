@@ -1,4 +1,8 @@
-"""Three conversations at once: the turns of one session run one at a time, those of different sessions side by side."""
+"""Three conversations at once: the turns of one session run one at a time, those of different sessions side by side.
+
+export OPENAI_BASE_URL=http://127.0.0.1:8900/v1 OPENAI_API_KEY=not-needed
+.venv/bin/python examples/stream_async.py
+"""
 
 import asyncio
 

@@ -1,4 +1,8 @@
-"""Send files: as parts of a message, the OpenAI way, or as a form, the way nanobot's own server takes them."""
+"""Send files: as parts of a message, the OpenAI way, or as a form, the way nanobot's own server takes them.
+
+export OPENAI_BASE_URL=http://127.0.0.1:8900/v1 OPENAI_API_KEY=not-needed
+.venv/bin/python examples/upload.py
+"""
 
 import base64
 

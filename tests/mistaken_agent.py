@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import Any
 
@@ -44,6 +45,17 @@ class MistakenAgent:
                 for _ in range(40):
                     with suppress(Exception):
                         await voice.text("x" * 100)
+            case "usage of a kind of its own":
+                wrong = {"prompt_tokens": 1}
+                return Outcome(text="42", usage=wrong)
+            case "a text that is none":
+                wrong = None
+                await voice.text(wrong)
+            case "a tool without a name":
+                wrong = None
+                await voice.tool(wrong, "started")
+            case "a cancellation of its own":
+                raise asyncio.CancelledError
             case "usage that no number holds":
                 return Outcome(text="42", usage=Usage(prompt_tokens=2**70))
             case "usage below zero":

@@ -27,6 +27,7 @@ from shared.store import Claim, Ending, JobStore
 from shared.tasks import stand_back
 from shared.text import json_bytes, parse_json, text_bytes
 from worker.agents.contract import Agent, AgentError, FinishReason, Outcome, ToolStatus, Turn
+from worker.agents.contract import Usage as AgentUsage
 from worker.attachments import with_files
 from worker.observe import Observation
 from worker.publisher import AttemptLog, AttemptLostError, Loss, Publisher
@@ -100,9 +101,13 @@ class StreamVoice:
                 await self._flushed()
             elif self._attempt.said_at_once >= WORDS_AT_ONCE:
                 await asyncio.sleep(0)
+        elif fragment != "":
+            # What no type checker lets pass; an agent may have been checked by none.
+            self._refuse(error := TypeError(f"text is a string, not {type(fragment).__name__}"))  # type: ignore[unreachable]
+            raise error
 
     async def reasoning(self, fragment: str) -> None:
-        if fragment:
+        if fragment != "":
             await self._say(Kind.REASONING, text_bytes, fragment)
 
     async def tool_call(self, delta: Mapping[str, Any]) -> None:
@@ -316,7 +321,7 @@ class Run:
                 _STOP_MARKERS[self._stop], voice, started_at, agent_stopped=agent_task.done()
             )
         else:
-            failure = None if agent_task.cancelled() else agent_task.exception()
+            failure = _failure_of(agent_task)
             ending = await self._finish_error(self._explain(failure), voice, started_at, failure=failure)
 
         if ending is Ending.FENCED and self._attempt.loss is None:
@@ -419,10 +424,18 @@ class Run:
         return self.claim.started_ms + round((at - started_at) * 1000)
 
     def _explain(self, failure: BaseException | None) -> ErrorMarker:
-        """What the client may know of an agent's failure; None: it was cancelled. The whole story goes to the log."""
+        """What the client may know of an agent's failure. The whole story goes to the log, and to the job's record."""
         self._log.error("agent_failed", agent=self._agent.name, exc_info=failure)
         message = str(failure.public_message) if isinstance(failure, AgentError) else AgentError.public_message
         return ErrorMarker(ErrorCode.AGENT_ERROR, message)
+
+
+def _failure_of(agent_task: asyncio.Task[Outcome]) -> BaseException | None:
+    """Why an agent failed that nobody has stopped; a CancelledError is its own then."""
+    try:
+        return agent_task.exception()
+    except asyncio.CancelledError as error:
+        return error
 
 
 def _tool_call_bytes(delta: Mapping[str, Any]) -> bytes:
@@ -440,7 +453,9 @@ def _tool_bytes(event: Mapping[str, Any]) -> bytes:
     """Raises TypeError on what is not a tool's name, status, call id and detail."""
     if event["status"] not in get_args(ToolStatus):
         raise TypeError(f"{event['status']!r} is not one of {get_args(ToolStatus)}")
-    _check_strings(event["name"] or "", event["call_id"], event["detail"], of="a tool: its name, call id and detail")
+    if not isinstance(event["name"], str):
+        raise TypeError("a tool has a name")
+    _check_strings(event["call_id"], event["detail"], of="a tool: its call id and detail")
     return json_bytes(event)
 
 
@@ -459,6 +474,8 @@ def _checked(outcome: Any) -> Outcome:
         raise TypeError(f"an agent returns an Outcome, not {type(outcome).__name__}")
     if outcome.finish_reason not in get_args(FinishReason):
         raise TypeError(f"{outcome.finish_reason!r} is not one of {get_args(FinishReason)}")
+    if not isinstance(outcome.usage, AgentUsage | None):
+        raise TypeError(f"usage is a Usage or None, not {type(outcome.usage).__name__}")
     if not isinstance(outcome.text, str | None):
         raise TypeError(f"text is a string or None, not {type(outcome.text).__name__}")
     if not isinstance(outcome.session_state, bytes | None):

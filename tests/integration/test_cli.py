@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +122,37 @@ def test_the_api_may_have_more_connections_than_the_usual_limit() -> None:
     )
     completed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert completed.stdout == "True\n"
+
+
+def test_a_misspelt_setting_is_named_with_what_was_meant() -> None:
+    completed = endmark("api", ENDMARK_API_KEY="k", ENDMARK_FROBNICATE="1", ENDMARK_MAX_JOBS="many", ENDMARK_URL="u")
+    assert "ENDMARK_API_KEY " not in completed.stderr, "what is wrong comes first"
+    with taken_port() as port:
+        completed = endmark("api", "--port", str(port), ENDMARK_API_KEY="k", ENDMARK_FROBNICATE="1", ENDMARK_URL="u")
+    assert "ENDMARK_API_KEY is no setting and is ignored; did you mean ENDMARK_API_KEYS?" in completed.stderr
+    assert "ENDMARK_FROBNICATE is no setting and is ignored; docs/settings.md" in completed.stderr
+    assert "ENDMARK_URL" not in completed.stderr
+
+
+def test_an_agent_that_cannot_be_imported_is_told_with_its_own_lines(tmp_path: Path) -> None:
+    (tmp_path / "broken_agent.py").write_text("def make():\n    raise RuntimeError('boom')\n\nagent = make()\n")
+    completed = endmark("worker", ENDMARK_AGENT="broken_agent:agent", PYTHONPATH=str(tmp_path))
+    assert completed.returncode == 2
+    assert "Error: ENDMARK_AGENT=broken_agent:agent cannot be imported" in completed.stderr
+    assert "line 2, in make" in completed.stderr
+    assert completed.stderr.rstrip().endswith("RuntimeError: boom")
+
+
+def test_the_address_of_the_deployment_itself_is_no_model() -> None:
+    port = free_port(LOOPBACK)
+    own = {"OPENAI_BASE_URL": f"http://localhost:{port}/v1", "OPENAI_API_KEY": "not-needed", "NANOBOT_CONFIG": "/none"}
+    completed = endmark("dev", "--port", str(port), **own)
+    assert completed.returncode == 2
+    assert "would ask itself" in completed.stderr
+
+
+@pytest.mark.parametrize(("url", "code"), [("127.0.0.1:8900", 2), (f"http://{LOOPBACK}:1/v1", 4)])
+def test_the_url_of_an_api_is_checked(url: str, code: int) -> None:
+    completed = endmark("jobs", "list", ENDMARK_URL=url)
+    assert completed.returncode == code, completed.stderr
+    assert ("http://" if code == 2 else f"http://{LOOPBACK}:1:") in completed.stderr

@@ -269,7 +269,7 @@ async def test_a_history_of_the_client_is_passed_on() -> None:
 
 @pytest.mark.parametrize("state", [b"not json", b'{"a": 1}', b'[{"kind": "request", "parts": []}]'])
 async def test_a_session_of_another_agent_is_refused(state: bytes) -> None:
-    with pytest.raises(AgentError, match="left by another agent"):
+    with pytest.raises(AgentError, match="begun by another agent"):
         await run(chatting(scripted(["never"])), session_state=state)
 
 

@@ -58,6 +58,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "    name = 'own'\n"
         "    async def run(self, turn, voice): ...\n"
         "    async def aclose(self): ...\n"
+        "async def coroutine(turn): return 'text'\n"
+        "def generator(turn): yield 'text'\n"
+        "class Unclosable:\n"
+        "    async def run(self, turn, voice): ...\n"
+        "def broken_factory(): raise RuntimeError('boom')\n"
     )
     (tmp_path / "their_broken.py").write_text("import a_module_that_is_missing\n")
     monkeypatch.chdir(tmp_path)
@@ -164,6 +169,10 @@ def test_an_agent_of_our_own_contract(module: str) -> None:
         ("their_agents:eventually", "async function"),
         ("their_agents:wants_more", "must take the turn as its one argument"),
         ("their_agents:builder", "a compiled LangGraph graph"),
+        ("their_agents:coroutine", "must be an async generator function"),
+        ("their_agents:generator", "must be an async generator function"),
+        ("their_agents:Unclosable", "has `run`, but no `name` and no `aclose`"),
+        ("their_agents:broken_factory", "(?s)cannot be made.*RuntimeError: boom"),
         ("their_agents:no_messages", "has no `messages`"),
     ],
 )
@@ -173,5 +182,7 @@ def test_a_wrong_name_says_what_is_wrong(module: str, name: str, message: str) -
 
 
 def test_an_import_that_is_missing_inside_the_module_is_not_hidden(module: str) -> None:
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+    with pytest.raises(AgentLoadError, match="cannot be imported") as raised:
         load_agent(Settings(agent="their_broken:agent"))
+    assert str(raised.value).endswith("ModuleNotFoundError: No module named 'a_module_that_is_missing'")
+    assert "importlib" not in str(raised.value)

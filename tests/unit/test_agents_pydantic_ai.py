@@ -239,7 +239,7 @@ def test_files_travel_inside_of_the_question() -> None:
 
 @pytest.mark.parametrize("state", [b"not json", b'[{"type": "human", "data": {"content": "hi"}}]'])
 async def test_a_session_of_another_agent_is_refused(state: bytes) -> None:
-    with pytest.raises(AgentError, match="left by another agent"):
+    with pytest.raises(AgentError, match="begun by another agent"):
         await run(Agent(TestModel()), session_state=state)
 
 

@@ -32,6 +32,8 @@ class AgentError(Exception):
     public_message = "The agent failed."  # of a subclass that does not call `__init__`
 
     def __init__(self, public_message: str) -> None:
+        if not isinstance(public_message, str):
+            raise TypeError("an AgentError takes the sentence that the client may read")
         super().__init__(public_message)
         self.public_message = public_message
 

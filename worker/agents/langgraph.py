@@ -269,4 +269,4 @@ def remembered(session_state: bytes | None) -> list[BaseMessage]:
     try:
         return messages_from_dict(well_formed(json.loads(session_state or b"[]")))
     except (ValueError, KeyError, TypeError) as error:
-        raise AgentError("The session was left by another agent. Start a new one.") from error
+        raise AgentError("The session was begun by another agent. Go on with another session_id.") from error

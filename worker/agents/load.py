@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import StackSummary, TracebackException
 from typing import Any
 
 from shared.settings import Settings
@@ -117,14 +118,26 @@ def _import_attribute(name: str) -> Any:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; it is one of its own imports that is missing
+            raise _failed(name, "cannot be imported", error) from error  # one of its own imports is missing
         raise AgentLoadError(
             f"ENDMARK_AGENT={name}: there is no module {error.name!r} in {here} or on PYTHONPATH"
         ) from error
+    except Exception as error:
+        raise _failed(name, "cannot be imported", error) from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:
         raise AgentLoadError(f"ENDMARK_AGENT={name}: module {module_name!r} has no {attribute!r}") from error
+
+
+def _failed(name: str, what: str, error: Exception) -> AgentLoadError:
+    """With the lines of the user's own code, and none of ours or of Python's imports."""
+    told = TracebackException.from_exception(error)
+    told.stack = StackSummary.from_list(
+        [frame for frame in told.stack if frame.filename != __file__ and "importlib" not in frame.filename]
+    )
+    lines = [line for line in told.format(chain=False) if not line.startswith("Traceback")]
+    return AgentLoadError(f"ENDMARK_AGENT={name} {what}:\n\n{''.join(lines).rstrip()}")
 
 
 def adapt(candidate: Any, name: str) -> Agent:
@@ -136,6 +149,9 @@ def adapt(candidate: Any, name: str) -> Agent:
     if agent is None and callable(candidate):
         candidate = _call_factory(candidate, name)
         agent = _as_agent(candidate, name)
+    missing = [member for member in ("name", "run", "aclose") if not hasattr(candidate, member)]
+    if agent is None and "run" not in missing:
+        raise AgentLoadError(f"ENDMARK_AGENT={name} has `run`, but no {' and no '.join(f'`{it}`' for it in missing)}")
     if agent is None:
         raise AgentLoadError(
             f"ENDMARK_AGENT={name} is a {type(candidate).__name__}; it must be an async generator function, "
@@ -185,10 +201,17 @@ def _call_factory(factory: Any, name: str) -> Any:
     try:
         inspect.signature(factory).bind()
     except TypeError as error:
+        if inspect.iscoroutinefunction(factory) or inspect.isgeneratorfunction(factory):
+            raise AgentLoadError(
+                f"ENDMARK_AGENT={name} must be an async generator function: `async def`, and `yield` what it says"
+            ) from error
         raise AgentLoadError(f"ENDMARK_AGENT={name} must be callable without arguments ({error})") from error
     except ValueError:
         pass  # a builtin without a signature: the call will tell
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise _failed(name, "cannot be made", error) from error
     if inspect.iscoroutine(made):
         made.close()
         raise AgentLoadError(f"ENDMARK_AGENT={name} is an async function; make it a plain one that returns the agent")

@@ -238,7 +238,7 @@ def remembered(session_state: bytes | None) -> list[ModelMessage]:
     try:
         return ModelMessagesTypeAdapter.validate_json(session_state or b"[]")
     except ValidationError as error:
-        raise AgentError("The session was left by another agent. Start a new one.") from error
+        raise AgentError("The session was begun by another agent. Go on with another session_id.") from error
 
 
 def history_of(messages: Sequence[Message]) -> list[ModelMessage]:
