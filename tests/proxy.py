@@ -77,11 +77,17 @@ class Proxy:
         if self._server is not None:
             self._server.close()
             self._server = None
+        await self._turn()  # a connection that was accepted just now gets its handler first
         handlers = list(self._handlers)
         for handler in handlers:
             handler.cancel()
         self._cut()
         await asyncio.gather(*handlers, return_exceptions=True)
+        await self._turn()  # a transport that was aborted closes its socket only then
+
+    async def _turn(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
 
     def _cut(self) -> None:
         for writer in self._writers:

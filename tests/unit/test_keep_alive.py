@@ -62,7 +62,7 @@ async def pinged(begun_at: float, monkeypatch: pytest.MonkeyPatch) -> list[float
     async def receive() -> Message:
         raise AssertionError("nobody reads it")
 
-    await streamed({"type": "http"}, receive, send)
+    await streamed({"type": "http", "method": "POST"}, receive, send)
     return at
 
 
