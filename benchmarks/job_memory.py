@@ -39,7 +39,7 @@ from worker.compactor import Compactor
 from worker.publisher import Publisher
 
 TOKEN = b" token"
-AT_A_TIME = 50  # jobs: a worker's default
+AT_A_TIME = 25  # jobs: what one claim takes
 SHAPES = {"one token an entry": 1, "50 tokens an entry": 50}  # how many are said before the publisher is waited for
 
 
