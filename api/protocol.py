@@ -130,13 +130,12 @@ class LimitedHttpToolsProtocol(HttpToolsProtocol):
     def _refuse(self, why: str, status: int = 400) -> None:
         """Answers the request that comes in and closes the connection; an answer that is under way is not to suffer."""
         cycle: RequestResponseCycle | None = self.cycle
-        if (
-            self._framing_bytes >= 0 and cycle is not None and not cycle.response_complete
-        ):  # it comes behind another one
+        is_in_body = self._framing_bytes < 0
+        if not is_in_body and cycle is not None and not cycle.response_complete:  # it comes behind another one
             self._is_deaf = True
             cycle.keep_alive = False
         elif not self.transport.is_closing():
-            if self._framing_bytes >= 0 or (cycle is not None and not cycle.response_started):
+            if not is_in_body or (cycle is not None and not cycle.response_started):
                 body = why.encode()
                 self.transport.write(
                     b"%bcontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%b"
