@@ -25,7 +25,9 @@ from shared.settings import Settings
 
 VARIABLE_PREFIX = "ENDMARK_"
 # Of commands that talk to an API, of docker-compose.yml, and of the tests.
-_OF_OTHERS = frozenset({"ENDMARK_IMAGE", "ENDMARK_KEY", "ENDMARK_PUBLISH", "ENDMARK_TEST_REDIS_SERVER", "ENDMARK_URL"})
+NOT_SETTINGS = frozenset(
+    {"ENDMARK_IMAGE", "ENDMARK_KEY", "ENDMARK_PUBLISH", "ENDMARK_TEST_REDIS_SERVER", "ENDMARK_URL"}
+)
 # No value of these is shown: a URL may carry a password, and whoever receives webhooks may know senders by it.
 _SECRET_FIELDS = frozenset({"admin_keys", "api_keys", "redis_url", "webhook_secret", "webhook_url"})
 
@@ -96,7 +98,7 @@ def read_settings() -> Settings:
 def warn_of_unknown_settings() -> None:
     """Names each ENDMARK_ variable that nothing reads: one that is misspelt would otherwise be left out in silence."""
     known = {variable(field) for field in Settings.model_fields}
-    for name in sorted(set(os.environ) - known - _OF_OTHERS):
+    for name in sorted(set(os.environ) - known - NOT_SETTINGS):
         if name.startswith(VARIABLE_PREFIX):
             meant = get_close_matches(name.removeprefix(VARIABLE_PREFIX).lower(), Settings.model_fields, n=1)
             hint = f"; did you mean {variable(meant[0])}?" if meant else "; docs/settings.md lists all there are"

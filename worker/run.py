@@ -91,20 +91,15 @@ class StreamVoice:
     async def text(self, fragment: str) -> None:
         if fragment:
             self.said_text = True
-            try:
-                self._append(_DELTA, text_bytes(fragment))
-            except Exception as error:
-                self._refuse(error)
-                raise
+            self._append(_DELTA, text_bytes, fragment)
             # As `_say`, without one more coroutine for each token.
             if self._attempt.must_wait:
                 await self._flushed()
             elif self._attempt.said_at_once >= WORDS_AT_ONCE:
                 await asyncio.sleep(0)
         elif fragment != "":
-            # What no type checker lets pass; an agent may have been checked by none.
-            self._refuse(error := TypeError(f"text is a string, not {type(fragment).__name__}"))  # type: ignore[unreachable]
-            raise error
+            # What no type checker lets pass, and `text_bytes` refuses; an agent may have been checked by none.
+            self._append(_DELTA, text_bytes, fragment)  # type: ignore[unreachable]
 
     async def reasoning(self, fragment: str) -> None:
         if fragment != "":
@@ -117,18 +112,9 @@ class StreamVoice:
         self, name: str, status: ToolStatus, *, call_id: str | None = None, detail: str | None = None
     ) -> None:
         event = {"name": name, "status": status, "call_id": call_id, "detail": detail}
-        try:
-            self._append(Kind.TOOL, _tool_bytes(event))
-        except Exception as error:
-            self._refuse(error)
-            raise
+        self._append(Kind.TOOL, _tool_bytes, event)
         self._count_tool(status)
         await self._flushed()
-
-    def _refuse(self, error: Exception) -> None:
-        """An agent that swallows the error must not be taken for one whose every word was said."""
-        if self.refused is None and not isinstance(error, AttemptLostError):
-            self.refused = error
 
     def _count_tool(self, status: ToolStatus) -> None:
         """Tools that run at the same time count once. An end without a beginning counts nothing."""
@@ -142,24 +128,28 @@ class StreamVoice:
                 self.tools_s += time.monotonic() - self._tools_since
 
     async def _say(self, kind: Kind, encode: Callable[[Any], bytes], what: object) -> None:
-        try:
-            self._append(kind, encode(what))
-        except Exception as error:
-            self._refuse(error)
-            raise
+        self._append(kind, encode, what)
         if self._attempt.must_wait:
             await self._flushed()
         elif self._attempt.said_at_once >= WORDS_AT_ONCE:
             await asyncio.sleep(0)
 
-    def _append(self, kind: Kind, payload: bytes) -> None:
-        now = self.last_said_at = self.last_word_at = time.monotonic()
-        if self.first_said_at is None:
-            self.first_said_at = now
-        self._bytes_left -= len(payload)
-        if self._bytes_left < 0:
-            raise AgentError("The answer is longer than this deployment allows.")
-        self._attempt.append(kind, payload)
+    def _append(self, kind: Kind, encode: Callable[[Any], bytes], what: object) -> None:
+        """Raises what `encode` does, AgentError and AttemptLostError. An agent may swallow it: the run does not."""
+        try:
+            payload = encode(what)
+            now = self.last_said_at = self.last_word_at = time.monotonic()
+            if self.first_said_at is None:
+                self.first_said_at = now
+            self._bytes_left -= len(payload)
+            if self._bytes_left < 0:
+                raise AgentError("The answer is longer than this deployment allows.")
+            self._attempt.append(kind, payload)
+        except AttemptLostError:
+            raise
+        except Exception as error:
+            self.refused = self.refused or error
+            raise
 
     async def _flushed(self) -> None:
         """Waits for Redis; that wait is not the agent's silence."""
