@@ -78,7 +78,7 @@ def _is_ours(base_url: str, settings: Settings) -> bool:
     hosts = {"localhost", "127.0.0.1", "::1", settings.host}
     try:
         return url.hostname in hosts and (url.port or 80) == settings.port
-    except ValueError:  # no port at all
+    except ValueError:  # the port is no number
         return False
 
 
@@ -121,8 +121,8 @@ async def _supervise(stages: list[list[Child]], settings: Settings) -> None:
 
 
 def _tell(line: str) -> None:
-    with suppress(OSError, ValueError):  # nobody reads any more, as after `endmark dev | head`, or the disk is full;
-        # serving goes on
+    # Nobody reads any more, as after `endmark dev | head`, or the disk is full: serving goes on.
+    with suppress(OSError, ValueError):
         click.echo(line)
 
 

@@ -20,7 +20,6 @@ import asyncio
 import json
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -38,7 +37,7 @@ from langgraph.errors import GraphRecursionError
 from langgraph.graph.state import CompiledStateGraph
 
 from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usage, Voice
-from worker.agents.media import Message, divide, well_formed
+from worker.agents.media import Message, divide_for_model, well_formed
 
 # How providers say it, in lower case: in `finish_reason`, `stop_reason`, `stopReason` or `done_reason`.
 FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
@@ -68,7 +67,7 @@ class LangGraphAgent:
         self._graph = graph.copy({"checkpointer": None})
 
     async def run(self, turn: Turn, voice: Voice) -> Outcome:
-        conversation = divide(replace(turn, messages=well_formed(turn.messages)))
+        conversation = divide_for_model(turn)
         earlier = langchain_messages(conversation.earlier) if turn.owns_history else remembered(turn.session_state)
         messages = [*earlier, *langchain_messages([conversation.question])]
         speech = _Speech(voice, known=messages)

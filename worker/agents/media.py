@@ -13,8 +13,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,6 +59,11 @@ def divide(turn: Turn) -> Conversation:
     if messages and messages[-1].get("role") == "user":
         return Conversation(question=messages[-1], earlier=messages[:-1])
     return Conversation(question={"role": "user", "content": CONTINUE}, earlier=messages)
+
+
+def divide_for_model(turn: Turn) -> Conversation:
+    """As `divide`, without what no model can be told; see `well_formed`."""
+    return divide(replace(turn, messages=well_formed(turn.messages)))
 
 
 def well_formed(value: T) -> T:
@@ -148,7 +153,8 @@ async def files_on_disk(files: Sequence[EncodedFile], *, parent: Path | None = N
     async def remove() -> None:
         # A thread cannot be cancelled: removing before it has finished would leave behind what it writes next.
         await asyncio.gather(writing, return_exceptions=True)
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)  # the agent may have removed it
+        with suppress(FileNotFoundError):  # the agent may have removed it
+            await asyncio.to_thread(shutil.rmtree, directory)
 
     try:
         yield await asyncio.shield(writing)

@@ -38,13 +38,12 @@ from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usag
 from worker.agents.media import (
     EncodedFile,
     Message,
-    divide,
+    divide_for_model,
     file_of,
     files_of,
     files_on_disk,
     parts_of,
     text_of,
-    well_formed,
 )
 from worker.agents.nanobot_mcp import ToolServers
 from worker.agents.nanobot_sessions import TurnLoop, TurnSession, TurnSessions, TurnSessionStore, turn_session
@@ -123,7 +122,7 @@ class NanobotAgent:
             return replace(outcome, session_state=None if turn.owns_history else session.record())
 
     async def _answer(self, turn: Turn, voice: Voice, session: TurnSession) -> Outcome:
-        conversation = divide(replace(turn, messages=well_formed(turn.messages)))
+        conversation = divide_for_model(turn)
         earlier = conversation.earlier
         earlier_files = [file for message in earlier for file in _referenced_files(message)]
         files = [*earlier_files, *files_of(conversation.question)]

@@ -14,7 +14,6 @@ import json
 import mimetypes
 import os
 from collections.abc import AsyncIterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -51,7 +50,7 @@ from pydantic_ai.messages import (
 from pydantic_core import to_json
 
 from worker.agents.contract import AgentError, FinishReason, Outcome, Turn, Usage, Voice
-from worker.agents.media import EncodedFile, Message, decode, divide, file_of, parts_of, text_of, well_formed
+from worker.agents.media import EncodedFile, Message, decode, divide_for_model, file_of, parts_of, text_of
 
 FINISH_REASONS: Final[Mapping[str, FinishReason]] = {
     "stop": "stop",
@@ -70,7 +69,7 @@ class PydanticAIAgent:
         self._wrapped = wrapped
 
     async def run(self, turn: Turn, voice: Voice) -> Outcome:
-        conversation = divide(replace(turn, messages=well_formed(turn.messages)))
+        conversation = divide_for_model(turn)
         if turn.owns_history:
             history = await self._with_own_prompt(history_of(conversation.earlier))
         else:
